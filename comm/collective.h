@@ -1,0 +1,22 @@
+// Small collectives for control traffic (plans, results, errors), on top of Transport.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/transport.h"
+
+namespace ternion::comm {
+
+// Rank 0's `bytes` on every rank.
+absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& bytes);
+
+// On rank 0: every rank's `bytes`, by rank. Elsewhere: empty.
+absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std::string& bytes);
+
+// The same outcome everywhere: ok when every rank passes ok, else the error of the lowest rank that has
+// one. What only one rank can find (a corrupt shard) ends all of them with one message and no hang.
+absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status);
+
+}  // namespace ternion::comm

@@ -1,0 +1,71 @@
+// Moves messages between ranks: one message per (peer, phase) at a time, in order.
+//
+// Backends: loopback (ranks are threads of one process), MPI, NCCL. An absent backend is a stub that
+// says so. A Transport belongs to its rank worker and is used by that one thread.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/buffer.h"
+#include "base/ids.h"
+#include "comm/traffic.h"
+
+namespace ternion::comm {
+
+using base::RankId;
+
+// Owned bytes of one message. Buffers circulate: Acquire, fill, Send; Receive, read, Recycle. In steady
+// state nothing is allocated.
+struct Message {
+  base::Buffer memory;
+  size_t size_bytes = 0;  // used part of memory
+
+  std::span<uint8_t> bytes() { return {memory.data(), size_bytes}; }
+  std::span<const uint8_t> bytes() const { return {memory.data(), size_bytes}; }
+};
+
+struct Arrival {
+  RankId from{};
+  Message message;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual RankId rank() const = 0;
+  virtual int size() const = 0;
+  // A number per host: ranks with equal numbers share memory.
+  virtual int NodeOf(RankId rank) const = 0;
+
+  // Starts sending and returns at once; the buffer comes back to the pool when the bytes have left.
+  // `to` is never this rank. Messages to one peer in one phase arrive in the order they were sent.
+  // Unavailable when the peer is known to be gone.
+  virtual absl::Status Send(RankId to, Phase phase, Message message) = 0;
+
+  // Waits for the next message of `phase` from any of `from` (not empty, without this rank); the first
+  // to arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a peer in
+  // `from` is gone and nothing of it is left to read.
+  virtual absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) = 0;
+
+  // Tells the peers that this rank gives up because of `status`: their waits end with an error. Called
+  // once, at the end of a rank that failed.
+  virtual void Abort(const absl::Status& status) = 0;
+
+  // A message of `bytes` from the pool. Its content is unspecified.
+  Message Acquire(size_t bytes);
+  void Recycle(Message message);
+
+  TrafficMeter& traffic() { return traffic_; }
+  TrafficScope ScopeOf(RankId peer) const;
+
+ private:
+  std::vector<base::Buffer> pool_;
+  TrafficMeter traffic_;
+};
+
+}  // namespace ternion::comm

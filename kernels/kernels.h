@@ -1,0 +1,213 @@
+// The menu: every op a rank runs, as one function pointer and one args struct each.
+//
+// CPU variants (scalar, AVX2, AVX-VNNI, AVX-512 VNNI) and CUDA fill the same table; it is chosen once at
+// start (kernels/select.h) and passed down. Ops check nothing: shapes and ids were checked where they
+// came from. Ops allocate nothing.
+//
+// Results. Integer products are exact and equal on all variants. Float ops sum in one fixed order (16
+// lanes over the reduced dimension, lane l taking elements 16i + l in ascending i with a product and a
+// sum that are rounded separately; then lanes are added pairwise: l and l+8, l+4, l+2, l+1), use no
+// library math functions, and treat each row alone: a row's result depends neither on the CPU variant,
+// nor on the number of threads, nor on the rows beside it. N ranks equal one rank bit for bit because
+// of this.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "base/thread_pool.h"
+#include "kernels/activations.h"
+#include "kernels/ternary.h"
+
+namespace ternion::kernels {
+
+// Where an op runs: the rank's threads on a CPU, a stream on a GPU.
+struct Executor {
+  base::ThreadPool* threads = nullptr;
+  void* stream = nullptr;  // cudaStream_t
+};
+
+// A bf16 or fp32 matrix that stays dense: embedding, head, gate. A view of mapped or owned memory.
+enum class DenseType : uint8_t { kBf16, kFp32 };
+struct DenseMatrix {
+  const void* data = nullptr;  // [rows, columns], no padding, any alignment of the element
+  DenseType type = DenseType::kBf16;
+  int64_t rows = 0;
+  int64_t columns = 0;
+};
+
+// out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * weight. In place is allowed.
+struct RmsNormArgs {
+  const float* x = nullptr;       // [num_rows, x_stride]
+  const float* weight = nullptr;  // [dim]
+  float* out = nullptr;           // [num_rows, out_stride]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int64_t x_stride = 0;
+  int64_t out_stride = 0;
+  float eps = 0;
+};
+
+// Optional RMSNorm, then one scale per row (NUMERICS.md, Activations). One pass over x from cache.
+// bits 8: s = 127 / max(absmax, 1e-5), code = clamp(round(x * s), -128, 127), scales = max(absmax, 1e-5) / 127.
+// bits 4: b = mean|x|, code = clamp(round(sqrt(7) * x / (b + 1e-5)), -8, 7), scales = b / sqrt(7).
+// round is half to even. A row with NaN gives unspecified codes (in range), never undefined behaviour.
+struct QuantizeArgs {
+  const float* x = nullptr;       // [num_rows, x_stride]
+  const float* weight = nullptr;  // [dim] norm weight, or null: no norm
+  float* normed = nullptr;        // [num_rows, dim] the normed fp32 rows too, or null
+  QuantizedRows out;              // num_rows and dim come from here; pads are zeroed, sums are set
+  int64_t x_stride = 0;
+  float eps = 0;
+  int bits = 8;
+};
+
+// y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows of x
+// and own matrix. One matrix is one group; q, k and v are three groups over the same rows; experts are
+// one group each. num_rows may be 0. Work is split over threads by weight bytes and products.
+struct TernaryGroup {
+  TernaryMatrix weights;  // columns == x.dim
+  int64_t row_begin = 0;  // first row of x
+  int64_t num_rows = 0;
+  float* y = nullptr;     // [num_rows, y_stride], columns 0 .. weights.rows are written
+  int64_t y_stride = 0;
+};
+struct TernaryMatmulArgs {
+  QuantizedRows x;
+  std::span<const TernaryGroup> groups;
+};
+
+// y[i][o] = dot(x[i], w[o]) in the fixed order above.
+struct DenseMatmulArgs {
+  const float* x = nullptr;  // [num_rows, x_stride]
+  DenseMatrix weights;       // [out, in]
+  float* y = nullptr;        // [num_rows, y_stride]
+  int64_t num_rows = 0;
+  int64_t x_stride = 0;
+  int64_t y_stride = 0;
+};
+
+// out[i] = row ids[i] of the table, as fp32.
+struct EmbedArgs {
+  DenseMatrix table;             // [vocab, dim]
+  const int32_t* ids = nullptr;  // [num_rows], in range
+  float* out = nullptr;          // [num_rows, dim]
+  int64_t num_rows = 0;
+};
+
+// out = act(gate) * up. relu2: max(gate, 0)^2 * up. silu: gate / (1 + exp(-gate)) * up.
+enum class Activation : uint8_t { kSilu, kRelu2 };
+struct GluArgs {
+  const float* gate = nullptr;  // [num_rows, stride]
+  const float* up = nullptr;    // [num_rows, stride]
+  float* out = nullptr;         // [num_rows, stride], may be gate or up
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int64_t stride = 0;
+  Activation activation = Activation::kSilu;
+};
+
+// Rotary embedding in NeoX halves, in place: (a, b) = (x[d], x[d + head_dim/2]) becomes
+// (a cos - b sin, b cos + a sin) with the angle positions[row] * theta^(-2d / head_dim).
+struct RopeArgs {
+  float* x = nullptr;                  // [num_rows, stride], heads * head_dim columns used
+  const int32_t* positions = nullptr;  // [num_rows]
+  const float* cos_table = nullptr;    // [max_positions, head_dim / 2]
+  const float* sin_table = nullptr;    // [max_positions, head_dim / 2]
+  int64_t num_rows = 0;
+  int64_t stride = 0;
+  int heads = 0;
+  int head_dim = 0;
+};
+
+// One page of the KV cache holds kPageTokens tokens of one layer in bf16 (round to nearest even):
+//   keys   [kv_heads][head_dim][kPageTokens]   (token-minor: one load gives 16 tokens' same element)
+//   values [kv_heads][kPageTokens][head_dim]
+inline constexpr int kPageTokens = 128;
+struct KvPage {
+  uint16_t* keys = nullptr;
+  uint16_t* values = nullptr;
+};
+// bf16 elements of keys (and of values) in one page of one layer.
+constexpr int64_t KvPageElements(int kv_heads, int head_dim) {
+  return int64_t{kv_heads} * head_dim * kPageTokens;
+}
+
+// Writes rows of k (after RoPE) and v into the slots of their positions.
+struct KvStoreArgs {
+  const float* k = nullptr;               // [num_rows, stride]
+  const float* v = nullptr;               // [num_rows, stride]
+  const KvPage* const* pages = nullptr;   // [num_rows] the row's page table: page p holds positions
+                                          // p * kPageTokens ..
+  const int32_t* positions = nullptr;     // [num_rows]
+  int64_t num_rows = 0;
+  int64_t stride = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+};
+
+// Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page table:
+// out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a prefill and
+// single decode steps give the same bits).
+struct AttentionArgs {
+  const float* q = nullptr;               // [num_rows, q_stride], heads * head_dim columns
+  const KvPage* const* pages = nullptr;   // [num_rows] page table of the row's sequence
+  const int32_t* positions = nullptr;     // [num_rows]
+  float* out = nullptr;                   // [num_rows, out_stride]
+  int64_t num_rows = 0;
+  int64_t q_stride = 0;
+  int64_t out_stride = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  float scale = 0;
+};
+
+// Softmax over each row's logits in fp32, then the k largest (ties: the lower index), in descending
+// order. `renormalize` divides the chosen weights by their sum.
+struct GateTopKArgs {
+  const float* logits = nullptr;  // [num_rows, num_experts]
+  int32_t* ids = nullptr;         // [num_rows, k]
+  float* weights = nullptr;       // [num_rows, k]
+  int64_t num_rows = 0;
+  int num_experts = 0;
+  int k = 0;
+  bool renormalize = false;
+};
+
+// out.codes[i] = dim codes at rows[i] (any alignment), pads zeroed, sums computed, scales copied.
+struct GatherRowsArgs {
+  const int8_t* const* rows = nullptr;  // [out.num_rows]
+  const float* scales = nullptr;        // [out.num_rows]
+  QuantizedRows out;
+};
+
+// out[i] = sum over j in [begin[i], begin[i+1]) of weights[j] * terms[j], added in ascending j onto
+// out[i] (accumulate) or onto 0. Product and sum are rounded separately.
+struct WeightedSumArgs {
+  const float* const* terms = nullptr;  // [begin[num_rows]] pointers to dim floats
+  const float* weights = nullptr;       // [begin[num_rows]], or null: all 1 (no product)
+  const int32_t* begin = nullptr;       // [num_rows + 1]
+  float* out = nullptr;                 // [num_rows, dim]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  bool accumulate = false;
+};
+
+struct Kernels {
+  const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
+  void (*rms_norm)(const RmsNormArgs&, Executor&) = nullptr;
+  void (*quantize)(const QuantizeArgs&, Executor&) = nullptr;
+  void (*ternary_matmul)(const TernaryMatmulArgs&, Executor&) = nullptr;
+  void (*dense_matmul)(const DenseMatmulArgs&, Executor&) = nullptr;
+  void (*embed)(const EmbedArgs&, Executor&) = nullptr;
+  void (*glu)(const GluArgs&, Executor&) = nullptr;
+  void (*rope)(const RopeArgs&, Executor&) = nullptr;
+  void (*kv_store)(const KvStoreArgs&, Executor&) = nullptr;
+  void (*attention)(const AttentionArgs&, Executor&) = nullptr;
+  void (*gate_top_k)(const GateTopKArgs&, Executor&) = nullptr;
+  void (*gather_rows)(const GatherRowsArgs&, Executor&) = nullptr;
+  void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
+};
+
+}  // namespace ternion::kernels

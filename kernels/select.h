@@ -1,0 +1,21 @@
+// Which table of kernels this process uses. Decided once, at start.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "kernels/kernels.h"
+
+namespace ternion::kernels {
+
+// Names of the CPU variants this machine can run, slowest first; the first is "scalar".
+std::span<const char* const> AvailableIsas();
+
+// The variant named `isa`, or the fastest one this machine can run when `isa` is empty (callers pass the
+// TERNION_ISA environment variable). Null when the name is unknown or this machine lacks it.
+const Kernels* SelectCpuKernels(const std::string& isa);
+
+// The CUDA table, or null with `*why` set ("built without CUDA", "no device found").
+const Kernels* SelectCudaKernels(std::string* why);
+
+}  // namespace ternion::kernels
