@@ -1,0 +1,324 @@
+// Sixteen floats and the operations the float ops are written in, once per instruction set.
+//
+// Which set is decided by the including file's -m flags. The three versions do the same IEEE operations
+// in the same order, so that every result is the same bit for bit: no fused multiply-add, no approximate
+// reciprocal, and where an instruction's behaviour on NaN shows, the scalar version spells it out.
+//
+// Everything has internal linkage: see kernels/cpu/variants.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace ternion::kernels {
+namespace {
+
+constexpr int kLanes = 16;
+
+// Per instruction set below:
+//   F32x16            the vector
+//   Set1(x)           x in all lanes
+//   Load, LoadN       16 floats; the first n (0 <= n <= 16) and zeros, touching no memory past them
+//   LoadBf16(N)       the same from bf16
+//   Store, StoreN     to memory of any alignment
+//   StoreI8           integral lanes in [-128, 127] as 16 bytes
+//   + - * /           rounded to nearest even
+//   Max(a, b)         a > b ? a : b: a NaN on either side gives b
+//   Min(a, b)         a < b ? a : b: likewise
+//   Abs
+//   FirstN(a, n, b)   lanes below n of a, the others of b
+//   IfLess(a, b, y, n)  a < b ? y : n
+//   ShiftExponent     the float whose bits are a's bits + (b's bits << 23)
+//   Sum(a)            lanes added pairwise: l and l + 8, then 4, 2, 1
+//   MaxLane(a)        the same with Max
+
+#if defined(__AVX512F__)
+
+struct F32x16 {
+  __m512 v;
+};
+
+inline __mmask16 FirstMask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline F32x16 Set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32x16 Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F32x16 LoadN(const float* p, int64_t n) {
+  return {_mm512_maskz_loadu_ps(FirstMask(n), p)};
+}
+// Moves each bf16 into the upper half of its float: one permute, where widening and shifting are two.
+inline F32x16 WidenBf16(__m256i x) {
+  const __m512i source = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6,
+                                          0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, source, _mm512_castsi256_si512(x)))};
+}
+inline F32x16 LoadBf16(const uint16_t* p) {
+  return WidenBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F32x16 LoadBf16N(const uint16_t* p, int64_t n) {
+  return WidenBf16(_mm256_maskz_loadu_epi16(FirstMask(n), p));
+}
+inline void Store(F32x16 a, float* p) { _mm512_storeu_ps(p, a.v); }
+inline void StoreN(F32x16 a, float* p, int64_t n) { _mm512_mask_storeu_ps(p, FirstMask(n), a.v); }
+inline void StoreI8(F32x16 a, int8_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 Max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 Min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32x16 Abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
+inline F32x16 FirstN(F32x16 a, int64_t n, F32x16 b) {
+  return {_mm512_mask_blend_ps(FirstMask(n), b.v, a.v)};
+}
+inline F32x16 IfLess(F32x16 a, F32x16 b, F32x16 yes, F32x16 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+inline F32x16 ShiftExponent(F32x16 a, F32x16 b) {
+  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(b.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), shift))};
+}
+inline __m256 LowHalf(F32x16 a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 HighHalf(F32x16 a) { return _mm512_extractf32x8_ps(a.v, 1); }
+
+#elif defined(__AVX2__)
+
+struct F32x16 {
+  __m256 lo, hi;
+};
+
+// All bits set in the lanes below n.
+inline __m256i FirstMask(int64_t n) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes);
+}
+
+inline F32x16 Set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F32x16 Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F32x16 LoadN(const float* p, int64_t n) {
+  if (n == kLanes) return Load(p);
+  return {_mm256_maskload_ps(p, FirstMask(n)), _mm256_maskload_ps(p + 8, FirstMask(n - 8))};
+}
+inline __m256 WidenBf16(__m128i x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+inline F32x16 LoadBf16(const uint16_t* p) {
+  const __m128i* half = reinterpret_cast<const __m128i*>(p);
+  return {WidenBf16(_mm_loadu_si128(half)), WidenBf16(_mm_loadu_si128(half + 1))};
+}
+inline F32x16 LoadBf16N(const uint16_t* p, int64_t n) {
+  if (n == kLanes) return LoadBf16(p);
+  uint16_t padded[kLanes] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return LoadBf16(padded);
+}
+inline void Store(F32x16 a, float* p) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline void StoreN(F32x16 a, float* p, int64_t n) {
+  if (n == kLanes) return Store(a, p);
+  _mm256_maskstore_ps(p, FirstMask(n), a.lo);
+  _mm256_maskstore_ps(p + 8, FirstMask(n - 8), a.hi);
+}
+inline void StoreI8(F32x16 a, int8_t* p) {
+  const __m256i lo = _mm256_cvtps_epi32(a.lo);
+  const __m256i hi = _mm256_cvtps_epi32(a.hi);
+  const __m128i lo16 =
+      _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+  const __m128i hi16 =
+      _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo16, hi16));
+}
+
+inline F32x16 operator+(F32x16 a, F32x16 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline F32x16 operator-(F32x16 a, F32x16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F32x16 operator*(F32x16 a, F32x16 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline F32x16 operator/(F32x16 a, F32x16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline F32x16 Max(F32x16 a, F32x16 b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline F32x16 Min(F32x16 a, F32x16 b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+inline F32x16 Abs(F32x16 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline F32x16 FirstN(F32x16 a, int64_t n, F32x16 b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(FirstMask(n))),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(FirstMask(n - 8)))};
+}
+inline F32x16 IfLess(F32x16 a, F32x16 b, F32x16 yes, F32x16 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline __m256 ShiftExponent(__m256 a, __m256 b) {
+  const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(b), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), shift));
+}
+inline F32x16 ShiftExponent(F32x16 a, F32x16 b) {
+  return {ShiftExponent(a.lo, b.lo), ShiftExponent(a.hi, b.hi)};
+}
+inline __m256 LowHalf(F32x16 a) { return a.lo; }
+inline __m256 HighHalf(F32x16 a) { return a.hi; }
+
+#else  // any x86-64
+
+struct F32x16 {
+  float v[kLanes];
+};
+
+// f(lane) in every lane.
+template <typename F>
+inline F32x16 EachLane(F f) {
+  F32x16 result;
+  for (int l = 0; l < kLanes; ++l) result.v[l] = f(l);
+  return result;
+}
+
+inline F32x16 Set1(float x) {
+  return EachLane([=](int) { return x; });
+}
+inline F32x16 LoadN(const float* p, int64_t n) {
+  F32x16 result = {};
+  std::memcpy(result.v, p, static_cast<size_t>(n) * sizeof(float));
+  return result;
+}
+inline F32x16 Load(const float* p) { return LoadN(p, kLanes); }
+inline F32x16 LoadBf16N(const uint16_t* p, int64_t n) {
+  uint16_t bits[kLanes] = {};
+  std::memcpy(bits, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  uint32_t wide[kLanes];
+  for (int l = 0; l < kLanes; ++l) wide[l] = static_cast<uint32_t>(bits[l]) << 16;
+  F32x16 result;
+  std::memcpy(result.v, wide, sizeof(wide));
+  return result;
+}
+inline F32x16 LoadBf16(const uint16_t* p) { return LoadBf16N(p, kLanes); }
+inline void StoreN(const F32x16& a, float* p, int64_t n) {
+  std::memcpy(p, a.v, static_cast<size_t>(n) * sizeof(float));
+}
+inline void Store(const F32x16& a, float* p) { StoreN(a, p, kLanes); }
+inline void StoreI8(const F32x16& a, int8_t* p) {
+  for (int l = 0; l < kLanes; ++l) p[l] = static_cast<int8_t>(a.v[l]);
+}
+
+inline F32x16 operator+(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] + b.v[l]; });
+}
+inline F32x16 operator-(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] - b.v[l]; });
+}
+inline F32x16 operator*(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] * b.v[l]; });
+}
+inline F32x16 operator/(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] / b.v[l]; });
+}
+inline F32x16 Max(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] > b.v[l] ? a.v[l] : b.v[l]; });
+}
+inline F32x16 Min(const F32x16& a, const F32x16& b) {
+  return EachLane([&](int l) { return a.v[l] < b.v[l] ? a.v[l] : b.v[l]; });
+}
+inline F32x16 Abs(const F32x16& a) {
+  return EachLane([&](int l) { return __builtin_fabsf(a.v[l]); });
+}
+inline F32x16 FirstN(const F32x16& a, int64_t n, const F32x16& b) {
+  return EachLane([&](int l) { return l < n ? a.v[l] : b.v[l]; });
+}
+inline F32x16 IfLess(const F32x16& a, const F32x16& b, const F32x16& yes, const F32x16& no) {
+  return EachLane([&](int l) { return a.v[l] < b.v[l] ? yes.v[l] : no.v[l]; });
+}
+inline F32x16 ShiftExponent(const F32x16& a, const F32x16& b) {
+  uint32_t bits[kLanes], shift[kLanes];
+  std::memcpy(bits, a.v, sizeof(bits));
+  std::memcpy(shift, b.v, sizeof(shift));
+  for (int l = 0; l < kLanes; ++l) bits[l] += shift[l] << 23;
+  F32x16 result;
+  std::memcpy(result.v, bits, sizeof(bits));
+  return result;
+}
+
+// a's lanes folded in halves: f(lane, lane + 8), then + 4, + 2, + 1.
+template <typename F>
+inline float Fold(F32x16 a, F f) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) a.v[l] = f(a.v[l], a.v[l + half]);
+  }
+  return a.v[0];
+}
+inline float Sum(const F32x16& a) {
+  return Fold(a, [](float x, float y) { return x + y; });
+}
+inline float MaxLane(const F32x16& a) {
+  return Fold(a, [](float x, float y) { return x > y ? x : y; });
+}
+
+#endif
+
+#if defined(__AVX2__)
+
+inline float Sum(F32x16 a) {
+  const __m256 by8 = _mm256_add_ps(LowHalf(a), HighHalf(a));
+  const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+  const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_add_ss(by2, _mm_movehdup_ps(by2)));
+}
+inline float MaxLane(F32x16 a) {
+  const __m256 by8 = _mm256_max_ps(LowHalf(a), HighHalf(a));
+  const __m128 by4 = _mm_max_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+  const __m128 by2 = _mm_max_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_max_ss(by2, _mm_movehdup_ps(by2)));
+}
+
+#endif
+
+// The rest is the same text for all of them.
+
+inline F32x16 Zero() { return Set1(0.0f); }
+
+// The square root of one float, correctly rounded (SSE2 is part of x86-64).
+inline float Sqrt(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+
+// 1.5 * 2^23: a float near it has no fraction bits, so adding it rounds to an integer, half to even.
+constexpr float kRoundMagic = 12582912.0f;
+
+// |a| <= 2^22.
+inline F32x16 Round(const F32x16& a) { return (a + Set1(kRoundMagic)) - Set1(kRoundMagic); }
+
+// e^x within about 1.5 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln(2) / 2.
+// 0 below -87.33, where floats begin to lose bits (so for -inf); 2.4e38 above 88.37; NaN stays NaN.
+inline F32x16 Exp(const F32x16& x) {
+  constexpr float kLowest = -87.33f;
+  const F32x16 clamped = Max(Set1(kLowest), Min(Set1(88.37f), x));
+  const F32x16 shifted = clamped * Set1(1.44269504f) + Set1(kRoundMagic);  // n in its low bits
+  const F32x16 n = shifted - Set1(kRoundMagic);
+  // ln(2) in two parts; the first has 9 bits, so that n times it is exact.
+  const F32x16 r = (clamped - n * Set1(0.693359375f)) - n * Set1(-2.12194440e-4f);
+  F32x16 p = Set1(1.0f / 5040);
+  p = p * r + Set1(1.0f / 720);
+  p = p * r + Set1(1.0f / 120);
+  p = p * r + Set1(1.0f / 24);
+  p = p * r + Set1(1.0f / 6);
+  p = p * r + Set1(0.5f);
+  p = (p * (r * r) + r) + Set1(1.0f);
+  return IfLess(x, Set1(kLowest), Zero(), ShiftExponent(p, shifted));
+}
+
+}  // namespace
+}  // namespace ternion::kernels
