@@ -9,11 +9,26 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "base/file.h"
 
 namespace ternion::runtime {
 
-enum class DType : uint8_t { kBool, kU8, kI8, kI16, kU16, kF16, kBf16, kI32, kU32, kF32, kI64, kU64, kF64 };
+enum class DType : uint8_t {
+  kBool,
+  kU8,
+  kI8,
+  kI16,
+  kU16,
+  kF16,
+  kBf16,
+  kI32,
+  kU32,
+  kF32,
+  kI64,
+  kU64,
+  kF64
+};
 
 absl::string_view DTypeName(DType dtype);  // as in the header: "BF16", "U8", ...
 int64_t DTypeBytes(DType dtype);
@@ -30,9 +45,9 @@ struct TensorView {
 // One or several safetensors files as one name -> tensor map. Immutable once opened; thread-safe.
 class SafetensorsFile {
  public:
-  // A single file. Checks (FORMATS.md): header length against the file and a 100 MB cap, JSON, no duplicate
-  // keys, known dtypes, shapes and overflow-safe sizes, offsets in range, in order and non-overlapping.
-  // InvalidArgument names the file and the tensor.
+  // A single file. Checks (FORMATS.md): header length against the file and a 100 MB cap, JSON, no
+  // duplicate keys, known dtypes, shapes and overflow-safe sizes, offsets in range, in order and
+  // non-overlapping. InvalidArgument names the file and the tensor.
   static absl::StatusOr<SafetensorsFile> Open(const std::string& path);
 
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
@@ -44,9 +59,9 @@ class SafetensorsFile {
   std::map<std::string, TensorView, std::less<>> tensors_;
 };
 
-// All tensors of a model directory: model.safetensors, or the shards named by model.safetensors.index.json
-// (shard names must be plain file names inside the directory; every tensor of the index must be in its
-// shard, and no tensor in two).
+// All tensors of a model directory: model.safetensors, or the shards named by
+// model.safetensors.index.json (shard names must be plain file names inside the directory; every
+// tensor of the index must be in its shard, and no tensor in two).
 class TensorStore {
  public:
   static absl::StatusOr<TensorStore> Open(const std::string& directory);
@@ -62,7 +77,9 @@ class TensorStore {
 };
 
 // Writes one safetensors file tensor by tensor, so that a model larger than memory can be written.
-// Nothing appears under `path` before Finish succeeds.
+// The format has no padding: PyTorch can view every tensor only if no entry starts at an odd
+// multiple of a smaller type, so give the wider dtypes first. Nothing appears under `path` before
+// Finish succeeds.
 class SafetensorsWriter {
  public:
   struct Entry {
@@ -78,8 +95,9 @@ class SafetensorsWriter {
   absl::Status Finish();
 
  private:
-  SafetensorsWriter(base::AtomicFile file, uint64_t data_bytes);
+  SafetensorsWriter(std::string path, base::AtomicFile file, uint64_t data_bytes);
 
+  std::string path_;
   base::AtomicFile file_;
   uint64_t data_bytes_ = 0;
   uint64_t written_bytes_ = 0;
