@@ -1,0 +1,61 @@
+#include "experts/ffn.h"
+
+#include "base/check.h"
+
+namespace ternion::experts {
+
+using kernels::CodeStride;
+
+FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate)
+    : max_rows_(max_rows),
+      gate_(max_rows * max_intermediate),
+      up_(max_rows * max_intermediate),
+      codes_(max_rows * CodeStride(max_intermediate)),
+      scales_(max_rows),
+      sums_(max_rows) {}
+
+void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
+            const kernels::QuantizedRows& x, std::span<const FfnGroup> groups, FfnWorkspace& workspace,
+            float* y) {
+  TERNION_CHECK(x.num_rows <= workspace.max_rows_);
+  const int64_t inner = config.intermediate;
+  float* gate = workspace.gate_.data();
+  float* up = workspace.up_.data();
+
+  workspace.groups_.clear();
+  for (const FfnGroup& group : groups) {
+    const int64_t offset = group.row_begin * inner;
+    workspace.groups_.push_back(
+        {group.weights->gate.view, group.row_begin, group.num_rows, gate + offset, inner});
+    workspace.groups_.push_back(
+        {group.weights->up.view, group.row_begin, group.num_rows, up + offset, inner});
+  }
+  kernels.ternary_matmul({.x = x, .groups = workspace.groups_}, executor);
+
+  kernels.glu({.gate = gate,
+               .up = up,
+               .out = gate,
+               .num_rows = x.num_rows,
+               .dim = inner,
+               .stride = inner,
+               .activation = config.activation},
+              executor);
+  const kernels::QuantizedRows inner_rows = {workspace.codes_.data(), workspace.scales_.data(),
+                                             workspace.sums_.data(),  x.num_rows,
+                                             inner,                   CodeStride(inner)};
+  kernels.quantize({.x = gate,
+                    .weight = config.sub_norm,
+                    .out = inner_rows,
+                    .x_stride = inner,
+                    .eps = config.eps},
+                   executor);
+
+  workspace.groups_.clear();
+  for (const FfnGroup& group : groups) {
+    workspace.groups_.push_back({group.weights->down.view, group.row_begin, group.num_rows,
+                                 y + group.row_begin * config.hidden, config.hidden});
+  }
+  kernels.ternary_matmul({.x = inner_rows, .groups = workspace.groups_}, executor);
+}
+
+}  // namespace ternion::experts

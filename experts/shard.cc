@@ -1,0 +1,116 @@
+#include "experts/shard.h"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "base/check.h"
+
+namespace ternion::experts {
+namespace {
+
+using Work = ShardWorkspace::Work;
+
+// Counting sort of all (row, expert) pairs by expert; rows stay in order inside an expert.
+void SortByExpert(const comm::ReceivedRows& received, int num_experts, ShardWorkspace& ws) {
+  ws.expert_begin.assign(num_experts + 1, 0);
+  for (const comm::Route& route : received.routes) ++ws.expert_begin[base::Index(route.expert) + 1];
+  for (int e = 0; e < num_experts; ++e) ws.expert_begin[e + 1] += ws.expert_begin[e];
+  ws.work.resize(received.routes.size());
+  for (size_t row = 0; row < received.rows.size(); ++row) {
+    const comm::ReceivedRow& r = received.rows[row];
+    for (int32_t route = r.first_route; route < r.first_route + r.num_routes; ++route) {
+      const ExpertId expert = received.routes[route].expert;
+      ws.work[ws.expert_begin[base::Index(expert)]++] = {expert, static_cast<int32_t>(row), route};
+    }
+  }
+}
+
+// The chunk's input rows, contiguous and grouped by expert.
+kernels::QuantizedRows GatherChunk(const kernels::Kernels& kernels, kernels::Executor& executor,
+                                   const comm::ReceivedRows& received, std::span<const Work> chunk,
+                                   ShardWorkspace& ws) {
+  ws.row_codes.clear();
+  ws.row_scales.clear();
+  for (const Work& work : chunk) {
+    ws.row_codes.push_back(received.rows[work.row].codes);
+    ws.row_scales.push_back(received.rows[work.row].scale);
+  }
+  const kernels::QuantizedRows x = ws.gathered.rows(static_cast<int64_t>(chunk.size()));
+  kernels.gather_rows({.rows = ws.row_codes.data(), .scales = ws.row_scales.data(), .out = x},
+                      executor);
+  return x;
+}
+
+// outputs[row] += weight * y over the chunk. Chunks come in ascending expert id, and so do the terms of a
+// row inside a chunk: the order of the sum does not depend on where chunks end.
+void AddWeighted(const kernels::Kernels& kernels, kernels::Executor& executor,
+                 const comm::ReceivedRows& received, std::span<const Work> chunk, int64_t hidden,
+                 ShardWorkspace& ws, float* outputs) {
+  const int64_t num_rows = static_cast<int64_t>(received.rows.size());
+  ws.term_begin.assign(num_rows + 2, 0);
+  for (const Work& work : chunk) ++ws.term_begin[work.row + 2];
+  for (int64_t row = 2; row <= num_rows + 1; ++row) ws.term_begin[row] += ws.term_begin[row - 1];
+  ws.terms.resize(chunk.size());
+  ws.term_weights.resize(chunk.size());
+  for (size_t i = 0; i < chunk.size(); ++i) {
+    const int32_t term = ws.term_begin[chunk[i].row + 1]++;
+    ws.terms[term] = ws.y.data() + static_cast<int64_t>(i) * hidden;
+    ws.term_weights[term] = received.routes[chunk[i].route].weight;
+  }
+  kernels.weighted_sum({.terms = ws.terms.data(),
+                        .weights = ws.term_weights.data(),
+                        .begin = ws.term_begin.data(),
+                        .out = outputs,
+                        .num_rows = num_rows,
+                        .dim = hidden,
+                        .accumulate = true},
+                       executor);
+}
+
+}  // namespace
+
+ShardWorkspace::ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate)
+    : max_routes(max_routes),
+      ffn(max_routes, intermediate),
+      gathered(max_routes, hidden),
+      y(max_routes * hidden) {}
+
+void ExpertShard::Set(ExpertId expert, FfnWeights weights) {
+  experts_[base::Index(expert)] = std::make_unique<FfnWeights>(std::move(weights));
+}
+
+void ExpertShard::Run(const kernels::Kernels& kernels, kernels::Executor& executor,
+                      const FfnConfig& config, const comm::ReceivedRows& received, bool presum,
+                      ShardWorkspace& ws, float* outputs) const {
+  const int64_t hidden = config.hidden;
+  SortByExpert(received, static_cast<int>(experts_.size()), ws);
+  if (presum) std::fill_n(outputs, received.rows.size() * hidden, 0.0f);
+  const std::span<const Work> all(ws.work);
+  for (size_t begin = 0; begin < all.size(); begin += ws.max_routes) {
+    const std::span<const Work> chunk =
+        all.subspan(begin, std::min<size_t>(ws.max_routes, all.size() - begin));
+    const kernels::QuantizedRows x = GatherChunk(kernels, executor, received, chunk, ws);
+    ws.groups.clear();
+    for (size_t i = 0; i < chunk.size(); ++i) {
+      if (i == 0 || chunk[i].expert != chunk[i - 1].expert) {
+        const FfnWeights* weights = experts_[base::Index(chunk[i].expert)].get();
+        TERNION_CHECK(weights != nullptr);
+        ws.groups.push_back({weights, static_cast<int64_t>(i), 0});
+      }
+      ++ws.groups.back().num_rows;
+    }
+    RunFfn(kernels, executor, config, x, ws.groups, ws.ffn, ws.y.data());
+    if (presum) {
+      AddWeighted(kernels, executor, received, chunk, hidden, ws, outputs);
+    } else {
+      for (size_t i = 0; i < chunk.size(); ++i) {
+        std::memcpy(outputs + int64_t{chunk[i].route} * hidden,
+                    ws.y.data() + static_cast<int64_t>(i) * hidden, hidden * sizeof(float));
+      }
+    }
+  }
+}
+
+}  // namespace ternion::experts

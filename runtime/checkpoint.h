@@ -1,0 +1,50 @@
+// Tensors of a checkpoint in the form the kernels want.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "base/buffer.h"
+#include "kernels/ternary.h"
+#include "runtime/config.h"
+#include "runtime/safetensors.h"
+
+namespace ternion::runtime {
+
+// A dense matrix in memory of our own: mapped files lie on small pages, which slow a streaming kernel down.
+struct OwnedDenseMatrix {
+  base::Buffer memory;
+  kernels::DenseMatrix view;
+};
+
+// Reads tensors by name, checking shape, type and values; every error names the tensor. Immutable and
+// thread-safe: matrices are loaded by many threads at once.
+class Checkpoint {
+ public:
+  static absl::StatusOr<Checkpoint> Open(const std::string& directory);
+
+  const ModelConfig& config() const { return config_; }
+  const TensorStore& tensors() const { return tensors_; }
+
+  // `name`.weight as a packed ternary matrix [rows, columns]: repacked from HF codes, or ternarized from
+  // float master weights (NUMERICS.md, Weights). weight_scale is read by its meaning in this checkpoint.
+  absl::StatusOr<kernels::OwnedTernaryMatrix> LoadTernary(const std::string& name, int64_t rows,
+                                                          int64_t columns) const;
+  // The checks of LoadTernary that need no weight bytes: presence, type, shape.
+  absl::Status CheckTernary(const std::string& name, int64_t rows, int64_t columns) const;
+
+  // A bf16 or fp32 matrix as it is, fp16 widened to fp32.
+  absl::StatusOr<OwnedDenseMatrix> LoadDense(const std::string& name, int64_t rows,
+                                             int64_t columns) const;
+  // A vector as fp32.
+  absl::StatusOr<base::Array<float>> LoadVector(const std::string& name, int64_t size) const;
+
+ private:
+  absl::StatusOr<float> LoadScale(const std::string& name) const;
+
+  ModelConfig config_;
+  TensorStore tensors_;
+};
+
+}  // namespace ternion::runtime

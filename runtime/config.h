@@ -1,0 +1,63 @@
+// What config.json says, checked.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/kernels.h"
+
+namespace ternion::runtime {
+
+// How ternary weights lie on disk (FORMATS.md, Packed ternary).
+struct QuantizationConfig {
+  bool online = false;         // float master weights, ternarized at load; else packed codes
+  bool scale_divides = false;  // weight_scale is 1/g (linear_class bitlinear), else g (autobitlinear)
+};
+
+// Families: bitnet (dense), bitnet_moe, qwen3_moe with the bitnet quantizer.
+struct ModelConfig {
+  std::string model_type;
+  int64_t vocab_size = 0;
+  int64_t hidden = 0;
+  int num_layers = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int64_t max_positions = 0;
+  float rope_theta = 10000;
+  float norm_eps = 1e-6f;
+  kernels::Activation activation = kernels::Activation::kSilu;
+  bool tied_embeddings = false;
+  bool sub_norms = false;  // attn_sub_norm and ffn_sub_norm (bitnet, bitnet_moe)
+  bool qk_norms = false;   // q_norm and k_norm per head (qwen3_moe)
+
+  int64_t dense_intermediate = 0;   // of a dense MLP; 0 in a MoE model
+  int num_experts = 0;              // 0: dense
+  int top_k = 0;
+  int64_t expert_intermediate = 0;
+  int64_t shared_intermediate = 0;  // of the shared expert; 0: none
+  bool renormalize = false;         // norm_topk_prob
+
+  QuantizationConfig quantization;
+  int32_t bos_id = -1;              // -1: none
+  std::vector<int32_t> eos_ids;     // generation ends on any of them
+
+  bool moe() const { return num_experts > 0; }
+  int64_t q_dim() const { return int64_t{heads} * head_dim; }
+  int64_t kv_dim() const { return int64_t{kv_heads} * head_dim; }
+  // The widest feed-forward: sizes workspaces.
+  int64_t max_intermediate() const;
+};
+
+// Checks every number's range and that they fit together; refuses what the runtime does not do (another
+// model_type, rope scaling, biases, activation bits other than 8). InvalidArgument or Unimplemented, naming
+// the key.
+absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text);
+
+// DIR/config.json, with eos ids from DIR/generation_config.json when that exists.
+absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory);
+
+}  // namespace ternion::runtime

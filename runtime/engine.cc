@@ -1,0 +1,222 @@
+#include "runtime/engine.h"
+
+#include <sys/sysinfo.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/file.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "xxhash.h"
+
+namespace ternion::runtime {
+namespace {
+
+absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(
+    const std::string& name, const ModelConfig& config, int num_ranks) {
+  using experts::Placement;
+  if (name == "contiguous") {
+    return std::make_shared<const Placement>(
+        Placement::Contiguous(config.num_layers, config.num_experts, num_ranks));
+  }
+  if (!config.moe()) {
+    return absl::InvalidArgumentError("a placement file needs a model with experts");
+  }
+  TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(name));
+  absl::StatusOr<Placement> placement =
+      Placement::FromJson(text, config.num_layers, config.num_experts, num_ranks);
+  if (!placement.ok()) return base::Annotate(placement.status(), name);
+  return std::make_shared<const Placement>(*std::move(placement));
+}
+
+// A quarter of the memory, shared by the ranks of this node.
+int64_t DefaultKvTokens(const KvShape& shape, const comm::Transport& transport) {
+  int64_t ranks_here = 0;
+  for (int rank = 0; rank < transport.size(); ++rank) {
+    ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
+  }
+  struct sysinfo info;
+  const int64_t memory = sysinfo(&info) == 0 ? int64_t(info.totalram) * info.mem_unit : 0;
+  const int64_t tokens = memory / 4 / ranks_here / shape.bytes_per_token();
+  return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
+}
+
+KvShape ShapeOf(const ModelConfig& config) {
+  return {config.num_layers, config.kv_heads, config.head_dim};
+}
+
+}  // namespace
+
+Engine::Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options,
+               int64_t kv_tokens)
+    : config_(std::move(config)),
+      resources_(resources),
+      options_(options),
+      kv_cache_(std::make_unique<KvCache>(ShapeOf(config_), kv_tokens)),
+      scheduler_({.num_ranks = resources.transport->size(),
+                  .max_rows = options.max_rows,
+                  .pages_per_rank = kv_cache_->num_pages(),
+                  .max_positions = config_.max_positions,
+                  .vocab_size = config_.vocab_size}),
+      logits_(Model::kMaxLogitRows * config_.vocab_size) {}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions& options,
+                                                            const RankResources& resources,
+                                                            const LoadProgress& progress) {
+  TERNION_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model_directory));
+  const ModelConfig& config = checkpoint.config();
+  TERNION_ASSIGN_OR_RETURN(
+      std::shared_ptr<const experts::Placement> placement,
+      MakePlacement(options.placement, config, resources.transport->size()));
+  const int64_t kv_tokens = options.kv_tokens > 0
+                                ? options.kv_tokens
+                                : DefaultKvTokens(ShapeOf(config), *resources.transport);
+  std::unique_ptr<Engine> engine(new Engine(config, resources, options, kv_tokens));
+  const ModelOptions model_options = {
+      .max_rows = options.max_rows,
+      .max_positions = std::min(config.max_positions, engine->kv_tokens()),
+      .wire = options.wire};
+  TERNION_ASSIGN_OR_RETURN(engine->model_, Model::Load(checkpoint, std::move(placement), resources,
+                                                       model_options, progress));
+  return engine;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
+                                                       const RankResources& resources,
+                                                       const LoadProgress& progress) {
+  absl::StatusOr<std::unique_ptr<Engine>> engine = CreateLocal(options, resources, progress);
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*resources.transport, engine.status()));
+  return engine;
+}
+
+absl::StatusOr<SequenceId> Engine::Submit(Request request) {
+  return scheduler_.Submit(std::move(request));
+}
+
+absl::StatusOr<std::vector<SequenceEvent>> Engine::Step() {
+  if (idle()) return std::vector<SequenceEvent>();
+  const StepPlan plan = scheduler_.Next();
+  if (resources_.transport->size() == 1) {
+    TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, Execute(plan));
+    return scheduler_.Commit(results);
+  }
+  TERNION_RETURN_IF_ERROR(comm::Broadcast(*resources_.transport, plan.Serialize()).status());
+  TERNION_ASSIGN_OR_RETURN(std::vector<ChunkResult> results, Execute(plan));
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> gathered,
+                           comm::Gather(*resources_.transport, SerializeResults(results)));
+  results.clear();
+  for (const std::string& bytes : gathered) {
+    TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> of_rank, ParseResults(bytes));
+    results.insert(results.end(), of_rank.begin(), of_rank.end());
+  }
+  return scheduler_.Commit(results);
+}
+
+absl::Status Engine::Stop() {
+  if (resources_.transport->size() == 1) return absl::OkStatus();
+  StepPlan plan;
+  plan.stop = true;
+  return comm::Broadcast(*resources_.transport, plan.Serialize()).status();
+}
+
+absl::Status Engine::Follow() {
+  comm::Transport& transport = *resources_.transport;
+  while (true) {
+    TERNION_ASSIGN_OR_RETURN(const std::string bytes, comm::Broadcast(transport, ""));
+    TERNION_ASSIGN_OR_RETURN(const StepPlan plan,
+                             StepPlan::Parse(bytes, config_.vocab_size, transport.size()));
+    if (plan.stop) return absl::OkStatus();
+    TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, Execute(plan));
+    TERNION_RETURN_IF_ERROR(comm::Gather(transport, SerializeResults(results)).status());
+  }
+}
+
+// Starts and ends sequences, and turns this rank's chunks into rows.
+absl::Status Engine::Prepare(const StepPlan& plan) {
+  const RankId self = resources_.transport->rank();
+  for (SequenceId id : plan.ended) sequences_.erase(id);
+  for (const SequenceStart& start : plan.starts) {
+    if (start.owner != self) continue;
+    LocalSequence& sequence = sequences_[start.id];
+    TERNION_ASSIGN_OR_RETURN(sequence.pages, kv_cache_->Reserve(start.max_tokens));
+    sequence.sampling = start.sampling;
+  }
+  batch_.Clear();
+  batch_.step = plan.step;
+  for (const Chunk& chunk : plan.chunks) {
+    if (chunk.owner != self) continue;
+    const auto found = sequences_.find(chunk.sequence);
+    const int64_t count = static_cast<int64_t>(chunk.tokens.size());
+    if (found == sequences_.end() || batch_.num_rows() + count > options_.max_rows ||
+        chunk.position + count > std::min(found->second.pages.capacity_tokens(),
+                                          config_.max_positions)) {
+      return absl::InvalidArgumentError(absl::StrCat("step ", plan.step, ": sequence ",
+                                                     base::Index(chunk.sequence),
+                                                     " does not fit what this rank reserved"));
+    }
+    batch_.tokens.insert(batch_.tokens.end(), chunk.tokens.begin(), chunk.tokens.end());
+    batch_.pages.resize(batch_.tokens.size(), &found->second.pages);
+    for (int64_t i = 0; i < count; ++i) {
+      batch_.positions.push_back(chunk.position + static_cast<int32_t>(i));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<ChunkResult>> Engine::Execute(const StepPlan& plan) {
+  TERNION_RETURN_IF_ERROR(Prepare(plan));
+  TERNION_RETURN_IF_ERROR(model_->Forward(batch_));
+  std::vector<ChunkResult> results;
+  logit_rows_.clear();
+  int32_t row = 0;
+  for (const Chunk& chunk : plan.chunks) {
+    if (chunk.owner != resources_.transport->rank()) continue;
+    const int32_t count = static_cast<int32_t>(chunk.tokens.size());
+    // To score, every row's logits count; to sample, those of the last.
+    const int32_t first = !chunk.targets.empty() ? 0 : chunk.sample ? count - 1 : count;
+    for (int32_t i = first; i < count; ++i) {
+      logit_rows_.push_back({&chunk, i, row + i, static_cast<int32_t>(results.size())});
+    }
+    results.push_back({.sequence = chunk.sequence,
+                       .logits_hash = sequences_.at(chunk.sequence).logits_hash});
+    row += count;
+  }
+  RunHead(results);
+  return results;
+}
+
+// Logits of logit_rows_, many rows at a time so that the head is read once for all of them.
+void Engine::RunHead(std::vector<ChunkResult>& results) {
+  const std::span<const LogitRow> all(logit_rows_);
+  int32_t rows[Model::kMaxLogitRows];
+  for (size_t begin = 0; begin < all.size(); begin += Model::kMaxLogitRows) {
+    const auto group =
+        all.subspan(begin, std::min<size_t>(Model::kMaxLogitRows, all.size() - begin));
+    for (size_t i = 0; i < group.size(); ++i) rows[i] = group[i].batch_row;
+    model_->Logits({rows, group.size()}, logits_.data());
+    for (size_t i = 0; i < group.size(); ++i) {
+      TakeLogits(group[i], logits_.span().subspan(i * config_.vocab_size, config_.vocab_size),
+                 results[group[i].result]);
+    }
+  }
+}
+
+void Engine::TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result) {
+  const Chunk& chunk = *row.chunk;
+  LocalSequence& sequence = sequences_.at(chunk.sequence);
+  sequence.logits_hash =
+      XXH3_64bits_withSeed(logits.data(), logits.size_bytes(), sequence.logits_hash);
+  result.logits_hash = sequence.logits_hash;
+  const int32_t position = chunk.position + row.index;
+  if (chunk.sample) {
+    result.token = SampleToken(logits, sequence.sampling, position);
+    return;
+  }
+  if (chunk.targets[row.index] != kNoTarget) {
+    result.nll += NegativeLogLikelihood(logits, chunk.targets[row.index]);
+  }
+  if (logits_sink_) logits_sink_(chunk.sequence, position, logits);
+}
+
+}  // namespace ternion::runtime

@@ -1,0 +1,105 @@
+// One rank's engine: everything from requests down to kernels.
+//
+// On rank 0 the router's library drives it: Submit requests, Step until idle, Stop. The other ranks Follow.
+// All ranks walk through the same steps: rank 0 plans, sends the plan down, every rank runs its sequences'
+// rows (and its experts on everybody's rows), and results come up.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "experts/placement.h"
+#include "runtime/kv_cache.h"
+#include "runtime/model.h"
+#include "runtime/scheduler.h"
+
+namespace ternion::runtime {
+
+struct EngineOptions {
+  std::string model_directory;
+  std::string placement;     // "contiguous", or the path of a placement file
+  WireOptions wire;
+  int64_t max_rows = 512;    // of one rank in one step
+  int64_t kv_tokens = 0;     // capacity of one rank's KV cache; 0: a quarter of the free memory's share,
+                             // at most kMaxDefaultKvTokens
+};
+inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;
+
+// The logits of one row, on the rank that owns the sequence.
+using LogitsSink =
+    std::function<void(SequenceId sequence, int32_t position, std::span<const float> logits)>;
+
+class Engine {
+ public:
+  // Collective: loads this rank's share. An error on any rank is the same error on all of them.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const RankResources& resources,
+                                                        const LoadProgress& progress);
+
+  // Rank 0. See Scheduler::Submit.
+  absl::StatusOr<SequenceId> Submit(Request request);
+  // Rank 0, collective with Follow: one step, and what came of it. Nothing happens when idle.
+  absl::StatusOr<std::vector<SequenceEvent>> Step();
+  bool idle() const { return scheduler_.idle(); }
+  // Rank 0: ends Follow on the other ranks.
+  absl::Status Stop();
+
+  // Other ranks: takes part in steps until rank 0 stops.
+  absl::Status Follow();
+
+  // Called for every row of a scored sequence that this rank owns, in order.
+  void set_logits_sink(LogitsSink sink) { logits_sink_ = std::move(sink); }
+
+  const ModelConfig& config() const { return config_; }
+  const Model& model() const { return *model_; }
+  int64_t kv_tokens() const { return kv_cache_->num_pages() * kernels::kPageTokens; }
+
+ private:
+  // A sequence that this rank owns.
+  struct LocalSequence {
+    KvPages pages;
+    SamplingParams sampling;
+    uint64_t logits_hash = 0;
+  };
+
+  // A row of the batch whose logits are needed.
+  struct LogitRow {
+    const Chunk* chunk = nullptr;
+    int32_t index = 0;      // into the chunk's tokens
+    int32_t batch_row = 0;
+    int32_t result = 0;     // into this step's results
+  };
+
+  Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options,
+         int64_t kv_tokens);
+
+  static absl::StatusOr<std::unique_ptr<Engine>> CreateLocal(const EngineOptions& options,
+                                                             const RankResources& resources,
+                                                             const LoadProgress& progress);
+  absl::Status Prepare(const StepPlan& plan);
+  absl::StatusOr<std::vector<ChunkResult>> Execute(const StepPlan& plan);
+  void RunHead(std::vector<ChunkResult>& results);
+  void TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result);
+
+  const ModelConfig config_;
+  const RankResources resources_;
+  const EngineOptions options_;
+  std::unique_ptr<KvCache> kv_cache_;
+  std::unique_ptr<Model> model_;
+  Scheduler scheduler_;  // used on rank 0
+  std::map<SequenceId, LocalSequence> sequences_;
+  LogitsSink logits_sink_;
+  Batch batch_;
+  std::vector<LogitRow> logit_rows_;
+  base::Array<float> logits_;  // [Model::kMaxLogitRows, vocab]
+};
+
+}  // namespace ternion::runtime

@@ -1,0 +1,47 @@
+#include "runtime/kv_cache.h"
+
+#include <utility>
+
+#include "base/status.h"
+
+namespace ternion::runtime {
+
+KvPages::~KvPages() {
+  if (cache_ != nullptr) cache_->free_.insert(cache_->free_.end(), ids_.rbegin(), ids_.rend());
+}
+
+KvPages& KvPages::operator=(KvPages&& other) noexcept {
+  std::swap(cache_, other.cache_);
+  std::swap(ids_, other.ids_);
+  std::swap(table_, other.table_);
+  return *this;
+}
+
+KvCache::KvCache(const KvShape& shape, int64_t capacity_tokens)
+    : shape_(shape),
+      num_pages_(PagesFor(capacity_tokens)),
+      memory_(num_pages_ * kernels::kPageTokens * shape.bytes_per_token() / sizeof(uint16_t)) {
+  for (int64_t id = num_pages_ - 1; id >= 0; --id) free_.push_back(static_cast<int32_t>(id));
+}
+
+absl::StatusOr<KvPages> KvCache::Reserve(int64_t tokens) {
+  const int64_t count = PagesFor(tokens);
+  if (count > free_pages()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(tokens, " tokens need ", count, " KV pages; ", free_pages(), " are free"));
+  }
+  KvPages pages;
+  pages.cache_ = this;
+  pages.ids_.assign(free_.end() - count, free_.end());
+  free_.resize(free_.size() - count);
+  const int64_t elements = kernels::KvPageElements(shape_.kv_heads, shape_.head_dim);
+  for (int layer = 0; layer < shape_.num_layers; ++layer) {
+    for (int32_t id : pages.ids_) {
+      uint16_t* keys = memory_.data() + (int64_t{id} * shape_.num_layers + layer) * 2 * elements;
+      pages.table_.push_back({keys, keys + elements});
+    }
+  }
+  return pages;
+}
+
+}  // namespace ternion::runtime

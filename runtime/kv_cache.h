@@ -1,0 +1,67 @@
+// This rank's KV pages.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "base/buffer.h"
+#include "kernels/kernels.h"
+
+namespace ternion::runtime {
+
+struct KvShape {
+  int num_layers = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+
+  // Bytes that one token takes over all layers, bf16 keys and values.
+  int64_t bytes_per_token() const { return int64_t{num_layers} * 2 * kv_heads * head_dim * 2; }
+};
+
+class KvCache;
+
+// The pages of one sequence, returned to the cache on destruction. Page p of layer l is table(l)[p].
+class KvPages {
+ public:
+  KvPages() = default;
+  ~KvPages();
+  KvPages(KvPages&& other) noexcept { *this = std::move(other); }
+  KvPages& operator=(KvPages&& other) noexcept;
+
+  const kernels::KvPage* table(int layer) const { return table_.data() + layer * ids_.size(); }
+  int64_t capacity_tokens() const { return static_cast<int64_t>(ids_.size()) * kernels::kPageTokens; }
+
+ private:
+  friend class KvCache;
+
+  KvCache* cache_ = nullptr;
+  std::vector<int32_t> ids_;            // [pages]
+  std::vector<kernels::KvPage> table_;  // [layers, pages]
+};
+
+// A pool of pages; one page id stands for the same 128 tokens in every layer. Memory is taken from the
+// system when a page is first written. Outlives its KvPages. One thread.
+class KvCache {
+ public:
+  KvCache(const KvShape& shape, int64_t capacity_tokens);
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+
+  // Pages for `tokens` tokens. ResourceExhausted when too few are free.
+  absl::StatusOr<KvPages> Reserve(int64_t tokens);
+
+  int64_t num_pages() const { return num_pages_; }
+  int64_t free_pages() const { return static_cast<int64_t>(free_.size()); }
+  static int64_t PagesFor(int64_t tokens) { return base::CeilDiv(tokens, kernels::kPageTokens); }
+
+ private:
+  friend class KvPages;
+
+  const KvShape shape_;
+  const int64_t num_pages_;
+  base::Array<uint16_t> memory_;  // [pages, layers, {keys, values}, KvPageElements]
+  std::vector<int32_t> free_;
+};
+
+}  // namespace ternion::runtime

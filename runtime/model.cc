@@ -1,0 +1,259 @@
+#include "runtime/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "base/check.h"
+#include "base/status.h"
+
+namespace ternion::runtime {
+namespace {
+
+const float* OrNull(const base::Array<float>& vector) {
+  return vector.size() > 0 ? vector.data() : nullptr;
+}
+
+// cos and sin of position * theta^(-2i / head_dim), the angle in fp32 as HF computes it.
+void FillRotaryTables(const ModelConfig& config, int64_t max_positions, base::Array<float>& cos_table,
+                      base::Array<float>& sin_table) {
+  const int half = config.head_dim / 2;
+  cos_table = base::Array<float>(max_positions * half);
+  sin_table = base::Array<float>(max_positions * half);
+  for (int i = 0; i < half; ++i) {
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
+    const float frequency =
+        1.0f / static_cast<float>(std::pow(static_cast<double>(config.rope_theta), exponent));
+    for (int64_t position = 0; position < max_positions; ++position) {
+      const float angle = static_cast<float>(position) * frequency;
+      cos_table[position * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      sin_table[position * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
+}
+
+comm::ExchangeOptions MakeExchangeOptions(const ModelConfig& config, const ModelOptions& options) {
+  return {.dispatch = options.wire.dispatch,
+          .combine = options.wire.exact ? comm::RowFormat::kFp32 : options.wire.combine,
+          .presum = !options.wire.exact,
+          .act_bits = 8,
+          .hidden = config.hidden,
+          .max_rows = options.max_rows,
+          .top_k = config.top_k,
+          .num_experts = config.num_experts};
+}
+
+int64_t LocalIntermediate(const ModelConfig& config) {
+  return config.moe() ? config.shared_intermediate : config.dense_intermediate;
+}
+
+}  // namespace
+
+void Batch::Clear() {
+  tokens.clear();
+  positions.clear();
+  pages.clear();
+}
+
+Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement> placement,
+             const RankResources& resources, const ModelOptions& options)
+    : config_(config),
+      placement_(std::move(placement)),
+      resources_(resources),
+      options_(options),
+      hidden_(options.max_rows * config.hidden),
+      normed_(options.max_rows * config.hidden),
+      q_(options.max_rows * config.q_dim()),
+      k_(options.max_rows * config.kv_dim()),
+      v_(options.max_rows * config.kv_dim()),
+      attended_(options.max_rows * config.q_dim()),
+      out_(options.max_rows * config.hidden),
+      logit_rows_(kMaxLogitRows * config.hidden),
+      codes_(options.max_rows, config.hidden),
+      attended_codes_(options.max_rows, config.q_dim()),
+      page_tables_(options.max_rows),
+      sum_terms_(options.max_rows),
+      sum_begin_(options.max_rows + 1),
+      local_ffn_workspace_(options.max_rows, LocalIntermediate(config)) {
+  FillRotaryTables(config, options.max_positions, cos_, sin_);
+  std::iota(sum_begin_.begin(), sum_begin_.end(), 0);
+  for (int64_t row = 0; row < options.max_rows; ++row) {
+    sum_terms_[row] = out_.data() + row * config.hidden;
+  }
+}
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(
+    const Checkpoint& checkpoint, std::shared_ptr<const experts::Placement> placement,
+    const RankResources& resources, const ModelOptions& options, const LoadProgress& progress) {
+  const ModelConfig& config = checkpoint.config();
+  std::unique_ptr<Model> model(new Model(config, std::move(placement), resources, options));
+  TERNION_RETURN_IF_ERROR(model->LoadWeights(checkpoint, progress));
+  if (config.moe()) {
+    const experts::GateConfig gate = {config.num_experts, config.top_k, config.renormalize};
+    const comm::ExchangeOptions exchange = MakeExchangeOptions(config, options);
+    TERNION_RETURN_IF_ERROR(comm::ValidateExchangeOptions(exchange));
+    model->moe_ = std::make_unique<experts::MoeContext>(gate, exchange, config.expert_intermediate,
+                                                        resources.transport, resources.kernels,
+                                                        resources.executor);
+  }
+  return model;
+}
+
+absl::Status Model::Forward(const Batch& batch) {
+  TERNION_CHECK(batch.num_rows() <= options_.max_rows);
+  resources_.kernels->embed({.table = embedding_.view,
+                             .ids = batch.tokens.data(),
+                             .out = hidden_.data(),
+                             .num_rows = batch.num_rows()},
+                            *resources_.executor);
+  for (int index = 0; index < config_.num_layers; ++index) {
+    AttentionBlock(layers_[index], index, batch);
+    TERNION_RETURN_IF_ERROR(FfnBlock(layers_[index], index, batch));
+  }
+  return absl::OkStatus();
+}
+
+// h += o_proj(norm(attention(rope(q), rope(k), v))).
+void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch) {
+  const kernels::Kernels& kernels = *resources_.kernels;
+  kernels::Executor& executor = *resources_.executor;
+  const AttentionWeights& w = layer.attention;
+  const int64_t rows = batch.num_rows();
+  const int64_t q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
+  const int heads = config_.heads, kv_heads = config_.kv_heads, head_dim = config_.head_dim;
+  for (int64_t row = 0; row < rows; ++row) page_tables_[row] = batch.pages[row]->table(index);
+
+  const kernels::QuantizedRows x = codes_.rows(rows);
+  kernels.quantize({.x = hidden_.data(),
+                    .weight = layer.input_norm.data(),
+                    .out = x,
+                    .x_stride = config_.hidden,
+                    .eps = config_.norm_eps},
+                   executor);
+  const kernels::TernaryGroup qkv[] = {{w.q.view, 0, rows, q_.data(), q_dim},
+                                       {w.k.view, 0, rows, k_.data(), kv_dim},
+                                       {w.v.view, 0, rows, v_.data(), kv_dim}};
+  kernels.ternary_matmul({.x = x, .groups = qkv}, executor);
+
+  const auto norm_and_rotate = [&](float* vectors, int num_heads, const float* norm) {
+    if (norm != nullptr) {
+      kernels.rms_norm({.x = vectors,
+                        .weight = norm,
+                        .out = vectors,
+                        .num_rows = rows * num_heads,
+                        .dim = head_dim,
+                        .x_stride = head_dim,
+                        .out_stride = head_dim,
+                        .eps = config_.norm_eps},
+                       executor);
+    }
+    kernels.rope({.x = vectors,
+                  .positions = batch.positions.data(),
+                  .cos_table = cos_.data(),
+                  .sin_table = sin_.data(),
+                  .num_rows = rows,
+                  .stride = int64_t{num_heads} * head_dim,
+                  .heads = num_heads,
+                  .head_dim = head_dim},
+                 executor);
+  };
+  norm_and_rotate(q_.data(), heads, OrNull(w.q_norm));
+  norm_and_rotate(k_.data(), kv_heads, OrNull(w.k_norm));
+  kernels.kv_store({.k = k_.data(),
+                    .v = v_.data(),
+                    .pages = page_tables_.data(),
+                    .positions = batch.positions.data(),
+                    .num_rows = rows,
+                    .stride = kv_dim,
+                    .kv_heads = kv_heads,
+                    .head_dim = head_dim},
+                   executor);
+  kernels.attention({.q = q_.data(),
+                     .pages = page_tables_.data(),
+                     .positions = batch.positions.data(),
+                     .out = attended_.data(),
+                     .num_rows = rows,
+                     .q_stride = q_dim,
+                     .out_stride = q_dim,
+                     .heads = heads,
+                     .kv_heads = kv_heads,
+                     .head_dim = head_dim,
+                     .scale = 1.0f / std::sqrt(static_cast<float>(head_dim))},
+                    executor);
+
+  const kernels::QuantizedRows attended = attended_codes_.rows(rows);
+  kernels.quantize({.x = attended_.data(),
+                    .weight = OrNull(w.sub_norm),
+                    .out = attended,
+                    .x_stride = q_dim,
+                    .eps = config_.norm_eps},
+                   executor);
+  const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
+  kernels.ternary_matmul({.x = attended, .groups = o}, executor);
+  AddOutToHidden(rows);
+}
+
+// h += FFN(norm(h)): the dense MLP, or the shared expert and the routed experts over all ranks.
+absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch) {
+  const int64_t rows = batch.num_rows();
+  const kernels::QuantizedRows x = codes_.rows(rows);
+  resources_.kernels->quantize({.x = hidden_.data(),
+                                .weight = layer.post_attention_norm.data(),
+                                .normed = config_.moe() ? normed_.data() : nullptr,
+                                .out = x,
+                                .x_stride = config_.hidden,
+                                .eps = config_.norm_eps},
+                               *resources_.executor);
+  if (LocalIntermediate(config_) > 0) {
+    const experts::FfnConfig ffn = {config_.hidden, LocalIntermediate(config_), config_.activation,
+                                    OrNull(layer.local_sub_norm), config_.norm_eps};
+    const experts::FfnGroup all_rows[] = {{&layer.local_ffn, 0, rows}};
+    experts::RunFfn(*resources_.kernels, *resources_.executor, ffn, x, all_rows,
+                    local_ffn_workspace_, out_.data());
+    AddOutToHidden(rows);
+  }
+  if (!config_.moe()) return absl::OkStatus();
+  const experts::MoeInput input = {x, normed_.data(), batch.step, static_cast<uint32_t>(index)};
+  return experts::MoeForward(layer.moe, *placement_, input, *moe_, hidden_.data());
+}
+
+void Model::AddOutToHidden(int64_t num_rows) {
+  resources_.kernels->weighted_sum({.terms = sum_terms_.data(),
+                                    .begin = sum_begin_.data(),
+                                    .out = hidden_.data(),
+                                    .num_rows = num_rows,
+                                    .dim = config_.hidden,
+                                    .accumulate = true},
+                                   *resources_.executor);
+}
+
+void Model::Logits(std::span<const int32_t> rows, float* logits) {
+  const int64_t count = static_cast<int64_t>(rows.size());
+  TERNION_CHECK(count <= kMaxLogitRows);
+  const int64_t hidden = config_.hidden;
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(logit_rows_.data() + i * hidden, hidden_.data() + rows[i] * hidden,
+                hidden * sizeof(float));
+  }
+  resources_.kernels->rms_norm({.x = logit_rows_.data(),
+                                .weight = final_norm_.data(),
+                                .out = logit_rows_.data(),
+                                .num_rows = count,
+                                .dim = hidden,
+                                .x_stride = hidden,
+                                .out_stride = hidden,
+                                .eps = config_.norm_eps},
+                               *resources_.executor);
+  const kernels::DenseMatrix& head = config_.tied_embeddings ? embedding_.view : head_.view;
+  resources_.kernels->dense_matmul({.x = logit_rows_.data(),
+                                    .weights = head,
+                                    .y = logits,
+                                    .num_rows = count,
+                                    .x_stride = hidden,
+                                    .y_stride = head.rows},
+                                   *resources_.executor);
+}
+
+}  // namespace ternion::runtime

@@ -1,0 +1,131 @@
+// The transformer: weights of this rank and the forward pass.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "experts/ffn.h"
+#include "experts/moe_layer.h"
+#include "experts/placement.h"
+#include "runtime/checkpoint.h"
+#include "runtime/kv_cache.h"
+
+namespace ternion::runtime {
+
+// Rows of one rank in one step. A row is one token of one sequence.
+struct Batch {
+  uint32_t step = 0;
+  std::vector<int32_t> tokens;         // [rows]
+  std::vector<int32_t> positions;      // [rows] in the row's sequence
+  std::vector<const KvPages*> pages;   // [rows] of the row's sequence; not null
+
+  int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }
+  void Clear();
+};
+
+// Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at the owner.
+struct WireOptions {
+  comm::RowFormat dispatch = comm::RowFormat::kInt8;
+  comm::RowFormat combine = comm::RowFormat::kBf16;
+  bool exact = false;
+};
+
+struct ModelOptions {
+  int64_t max_rows = 0;       // of one step on this rank
+  int64_t max_positions = 0;  // rotary tables reach this far
+  WireOptions wire;
+};
+
+// What a rank works with. All outlive the model.
+struct RankResources {
+  comm::Transport* transport = nullptr;
+  const kernels::Kernels* kernels = nullptr;
+  kernels::Executor* executor = nullptr;
+};
+
+// Called from one thread while loading: matrices done, of how many.
+using LoadProgress = std::function<void(int64_t done, int64_t total)>;
+
+struct AttentionWeights {
+  kernels::OwnedTernaryMatrix q, k, v;  // [heads * head_dim | kv_heads * head_dim, hidden]
+  kernels::OwnedTernaryMatrix o;        // [hidden, heads * head_dim]
+  base::Array<float> q_norm, k_norm;    // [head_dim], or empty
+  base::Array<float> sub_norm;          // [heads * head_dim], or empty
+};
+
+struct LayerWeights {
+  base::Array<float> input_norm;           // [hidden]
+  AttentionWeights attention;
+  base::Array<float> post_attention_norm;  // [hidden]
+  experts::FfnWeights local_ffn;           // the dense MLP or the shared expert, if there is one
+  base::Array<float> local_sub_norm;       // [its intermediate], or empty
+  OwnedDenseMatrix gate;                   // [experts, hidden], if the model has experts
+  base::Array<float> expert_sub_norm;      // [expert_intermediate], or empty
+  experts::MoeLayerWeights moe;            // views of the two above, and this rank's experts
+};
+
+// One thread. Forward is collective in a MoE model: all ranks call it equally often.
+class Model {
+ public:
+  // Reads this rank's share: everything but experts placed elsewhere. Every rank checks the names and shapes
+  // of all experts, so that a wrong checkpoint is the same error everywhere.
+  static absl::StatusOr<std::unique_ptr<Model>> Load(const Checkpoint& checkpoint,
+                                                     std::shared_ptr<const experts::Placement> placement,
+                                                     const RankResources& resources,
+                                                     const ModelOptions& options,
+                                                     const LoadProgress& progress);
+
+  // Runs all layers over the batch and keeps the last hidden rows for Logits. May have no rows.
+  absl::Status Forward(const Batch& batch);
+
+  // logits [rows.size(), vocab] of the last batch's rows; at most kMaxLogitRows at a time.
+  static constexpr int64_t kMaxLogitRows = 32;
+  void Logits(std::span<const int32_t> rows, float* logits);
+
+  int64_t weight_bytes() const { return weight_bytes_; }    // held by this rank
+  int64_t num_local_experts() const { return num_local_experts_; }  // over all layers
+
+ private:
+  Model(const ModelConfig& config, std::shared_ptr<const experts::Placement> placement,
+        const RankResources& resources, const ModelOptions& options);
+
+  absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
+  void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch);
+  absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch);
+  void AddOutToHidden(int64_t num_rows);
+
+  const ModelConfig config_;
+  const std::shared_ptr<const experts::Placement> placement_;
+  const RankResources resources_;
+  const ModelOptions options_;
+
+  OwnedDenseMatrix embedding_;  // [vocab, hidden]
+  OwnedDenseMatrix head_;       // [vocab, hidden], empty when tied
+  base::Array<float> final_norm_;
+  std::vector<LayerWeights> layers_;
+  int64_t weight_bytes_ = 0;
+  int64_t num_local_experts_ = 0;
+
+  // Workspace, sized for options_.max_rows before the first step.
+  base::Array<float> cos_, sin_;          // [max_positions, head_dim / 2]
+  base::Array<float> hidden_;             // [rows, hidden] the residual stream
+  base::Array<float> normed_;             // [rows, hidden]
+  base::Array<float> q_, k_, v_;          // [rows, q_dim | kv_dim]
+  base::Array<float> attended_;           // [rows, q_dim]
+  base::Array<float> out_;                // [rows, hidden] of o_proj and of the local FFN
+  base::Array<float> logit_rows_;         // [kMaxLogitRows, hidden]
+  kernels::QuantizedBuffer codes_;        // [rows, hidden]
+  kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
+  std::vector<const kernels::KvPage*> page_tables_;  // [rows], of the current layer
+  std::vector<const float*> sum_terms_;   // [rows] rows of out_
+  std::vector<int32_t> sum_begin_;        // [rows + 1] 0, 1, 2, ...
+  experts::FfnWorkspace local_ffn_workspace_;
+  std::unique_ptr<experts::MoeContext> moe_;
+};
+
+}  // namespace ternion::runtime

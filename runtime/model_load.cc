@@ -1,0 +1,181 @@
+// Model::LoadWeights: which tensor goes where, and many threads to repack them.
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <utility>
+
+#include "base/status.h"
+#include "runtime/model.h"
+
+namespace ternion::runtime {
+namespace {
+
+using base::ExpertId;
+
+// Matrices to load, in parallel. Jobs write to distinct places.
+class LoadJobs {
+ public:
+  explicit LoadJobs(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
+
+  void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out) {
+    jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
+      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns));
+      return absl::OkStatus();
+    });
+    bytes_ += kernels::TernaryBytes(rows, columns);
+  }
+  void Dense(std::string name, int64_t rows, int64_t columns, OwnedDenseMatrix* out) {
+    jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
+      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadDense(name, rows, columns));
+      return absl::OkStatus();
+    });
+    bytes_ += rows * columns * 2;
+  }
+  void Vector(std::string name, int64_t size, base::Array<float>* out) {
+    jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
+      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadVector(name, size));
+      return absl::OkStatus();
+    });
+  }
+  void Ffn(const std::string& name, int64_t hidden, int64_t intermediate, experts::FfnWeights* out) {
+    Ternary(name + ".gate_proj", intermediate, hidden, &out->gate);
+    Ternary(name + ".up_proj", intermediate, hidden, &out->up);
+    Ternary(name + ".down_proj", hidden, intermediate, &out->down);
+  }
+
+  // Runs all jobs; the error of the first failing job in order, so that it does not depend on threads.
+  absl::Status Run(base::ThreadPool& threads, const LoadProgress& progress) {
+    std::atomic<size_t> next{0}, done{0};
+    std::mutex mutex;
+    size_t first_failed = jobs_.size();
+    absl::Status status;
+    threads.Run([&](int thread) {
+      for (size_t i; (i = next.fetch_add(1)) < jobs_.size();) {
+        absl::Status result = jobs_[i]();
+        const size_t finished = done.fetch_add(1) + 1;
+        if (!result.ok()) {
+          std::lock_guard lock(mutex);
+          if (i < first_failed) status = std::move(result);
+          first_failed = std::min(first_failed, i);
+        }
+        if (thread == 0 && progress) progress(finished, jobs_.size());
+      }
+    });
+    if (progress && status.ok()) progress(jobs_.size(), jobs_.size());
+    return status;
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  const Checkpoint& checkpoint_;
+  std::vector<std::function<absl::Status()>> jobs_;
+  int64_t bytes_ = 0;
+};
+
+std::string LayerName(int layer) { return absl::StrCat("model.layers.", layer); }
+
+std::string ExpertName(int layer, int expert) {
+  return absl::StrCat(LayerName(layer), ".mlp.experts.", expert);
+}
+
+// Every expert of every layer is there with the right shape, and there are no more than the config says.
+absl::Status CheckExperts(const Checkpoint& checkpoint) {
+  const ModelConfig& config = checkpoint.config();
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    for (int expert = 0; expert < config.num_experts; ++expert) {
+      const std::string name = ExpertName(layer, expert);
+      const int64_t inner = config.expert_intermediate;
+      TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".gate_proj", inner, config.hidden));
+      TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".up_proj", inner, config.hidden));
+      TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".down_proj", config.hidden, inner));
+    }
+    const std::string beyond = ExpertName(layer, config.num_experts) + ".gate_proj.weight";
+    if (checkpoint.tensors().Find(beyond) != nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("the checkpoint holds ", beyond,
+                                                     ", but config.json says num_experts is ",
+                                                     config.num_experts));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void AddAttention(const ModelConfig& config, const std::string& name, AttentionWeights& out,
+                  LoadJobs& jobs) {
+  jobs.Ternary(name + ".q_proj", config.q_dim(), config.hidden, &out.q);
+  jobs.Ternary(name + ".k_proj", config.kv_dim(), config.hidden, &out.k);
+  jobs.Ternary(name + ".v_proj", config.kv_dim(), config.hidden, &out.v);
+  jobs.Ternary(name + ".o_proj", config.hidden, config.q_dim(), &out.o);
+  if (config.qk_norms) {
+    jobs.Vector(name + ".q_norm.weight", config.head_dim, &out.q_norm);
+    jobs.Vector(name + ".k_norm.weight", config.head_dim, &out.k_norm);
+  }
+  if (config.sub_norms) jobs.Vector(name + ".attn_sub_norm.weight", config.q_dim(), &out.sub_norm);
+}
+
+// The dense MLP, or the shared expert; each has its own sub-norm.
+void AddLocalFfn(const ModelConfig& config, const std::string& name, int64_t intermediate,
+                 LayerWeights& out, LoadJobs& jobs) {
+  jobs.Ffn(name, config.hidden, intermediate, &out.local_ffn);
+  if (config.sub_norms) {
+    jobs.Vector(name + ".ffn_sub_norm.weight", intermediate, &out.local_sub_norm);
+  }
+}
+
+}  // namespace
+
+absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress) {
+  if (config_.moe()) TERNION_RETURN_IF_ERROR(CheckExperts(checkpoint));
+  LoadJobs jobs(checkpoint);
+  jobs.Dense("model.embed_tokens.weight", config_.vocab_size, config_.hidden, &embedding_);
+  if (!config_.tied_embeddings) {
+    jobs.Dense("lm_head.weight", config_.vocab_size, config_.hidden, &head_);
+  }
+  jobs.Vector("model.norm.weight", config_.hidden, &final_norm_);
+
+  layers_ = std::vector<LayerWeights>(config_.num_layers);
+  // Experts of this rank, in the order of their jobs; they move into their shards when all are loaded.
+  std::vector<std::vector<std::pair<ExpertId, experts::FfnWeights>>> local(config_.num_layers);
+  for (int index = 0; index < config_.num_layers; ++index) {
+    LayerWeights& layer = layers_[index];
+    const std::string name = LayerName(index);
+    jobs.Vector(name + ".input_layernorm.weight", config_.hidden, &layer.input_norm);
+    jobs.Vector(name + ".post_attention_layernorm.weight", config_.hidden, &layer.post_attention_norm);
+    AddAttention(config_, name + ".self_attn", layer.attention, jobs);
+    if (!config_.moe()) {
+      AddLocalFfn(config_, name + ".mlp", config_.dense_intermediate, layer, jobs);
+      continue;
+    }
+    if (config_.shared_intermediate > 0) {
+      AddLocalFfn(config_, name + ".mlp.shared_expert", config_.shared_intermediate, layer, jobs);
+    }
+    const int64_t inner = config_.expert_intermediate;
+    jobs.Dense(name + ".mlp.gate.weight", config_.num_experts, config_.hidden, &layer.gate);
+    if (config_.sub_norms) {
+      jobs.Vector(name + ".mlp.ffn_sub_norm.weight", inner, &layer.expert_sub_norm);
+    }
+    const std::vector<ExpertId> experts = placement_->ExpertsOf(index, resources_.transport->rank());
+    local[index].resize(experts.size());
+    num_local_experts_ += static_cast<int64_t>(experts.size());
+    for (size_t i = 0; i < experts.size(); ++i) {
+      local[index][i].first = experts[i];
+      jobs.Ffn(ExpertName(index, base::Index(experts[i])), config_.hidden, inner,
+               &local[index][i].second);
+    }
+  }
+  TERNION_RETURN_IF_ERROR(jobs.Run(*resources_.executor->threads, progress));
+  weight_bytes_ = jobs.bytes();
+
+  for (int index = 0; config_.moe() && index < config_.num_layers; ++index) {
+    LayerWeights& layer = layers_[index];
+    const float* sub_norm = config_.sub_norms ? layer.expert_sub_norm.data() : nullptr;
+    layer.moe.gate = layer.gate.view;
+    layer.moe.ffn = {config_.hidden, config_.expert_intermediate, config_.activation, sub_norm,
+                     config_.norm_eps};
+    layer.moe.shard = experts::ExpertShard(config_.num_experts);
+    for (auto& [expert, weights] : local[index]) layer.moe.shard.Set(expert, std::move(weights));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace ternion::runtime
