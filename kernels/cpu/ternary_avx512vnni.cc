@@ -1,0 +1,205 @@
+// Ternary product with 512-bit dpbusd: one instruction multiplies 16 output rows x 4 columns of
+// codes with a broadcast dword of activations.
+
+#include <immintrin.h>
+
+#include "kernels/cpu/ternary_blocking.h"
+
+namespace ternion::kernels::avx512vnni {
+namespace {
+
+constexpr int kFields = 4;               // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
+constexpr int kPrefetchBytes = 64 * 96;  // ahead in the stream of codes
+
+// Four activations, at any address.
+struct __attribute__((packed, may_alias)) Dword {
+  int32_t value;
+};
+
+// acc += codes . (four activations at x). In assembly because GCC neither folds the broadcast into
+// the instruction nor keeps an accumulator that is used twice in a loop in one register.
+inline void AddDot(__m512i& acc, __m512i codes, const int8_t* x) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(acc)
+          : "v"(codes), "m"(*reinterpret_cast<const Dword*>(x)));
+}
+
+inline __mmask16 OutputMask(int num_outputs) {
+  return static_cast<__mmask16>(num_outputs >= 16 ? 0xffff : (1 << num_outputs) - 1);
+}
+
+// float(dot - sum) * scale for 16 outputs of one row.
+inline void StoreOutputs(float* y, __mmask16 mask, __m512i dot, int32_t sum, float scale) {
+  const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_set1_epi32(sum)));
+  _mm512_mask_storeu_ps(y, mask, _mm512_mul_ps(value, _mm512_set1_ps(scale)));
+}
+
+// Addresses of up to 24 rows from few registers: a base per four rows, and stride times 0, 1, 2
+// or 3.
+template <int kRows>
+struct RowPointers {
+  const int8_t* base[(kRows + 3) / 4];
+  int64_t stride;
+
+  RowPointers(const int8_t* x, int64_t x_stride) : stride(x_stride) {
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] = x + 4 * i * x_stride;
+  }
+  const int8_t* at(int row) const { return base[row / 4] + row % 4 * stride; }
+  void Advance(int bytes) {
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] += bytes;
+  }
+};
+
+// The field f of 64 bytes. With kPlaces accumulators per row, f is left in place f % kPlaces (worth
+// 4^place) and the accumulators are shifted once at the end: fewer shifts here, for more registers.
+template <int kPlaces>
+inline __m512i Field(__m512i block, int f) {
+  const __m512i shifted = f < kPlaces ? block : _mm512_srli_epi32(block, f / kPlaces * kPlaces * 2);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(3 << (f % kPlaces * 2))));
+}
+
+template <int kRows, int kPlaces>
+__attribute__((noinline)) void StreamRows(const StreamArgs& a) {
+  __m512i acc[kRows][kPlaces];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlaces; ++p) acc[r][p] = _mm512_setzero_si512();
+
+  RowPointers<kRows> x(a.x, a.x_stride);
+  const uint8_t* const end = a.codes + 64 * a.num_blocks;
+  for (const uint8_t* codes = a.codes; codes < end; codes += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
+    const __m512i block = _mm512_loadu_si512(codes);
+    __m512i fields[kFields];
+#pragma GCC unroll 4
+    for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int f = 0; f < kFields; ++f) {
+        AddDot(acc[r][f % kPlaces], fields[f], x.at(r) + 4 * f);
+      }
+    x.Advance(16);
+  }
+
+  const __mmask16 mask = OutputMask(a.num_outputs);
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    __m512i dot = acc[r][0];
+#pragma GCC unroll 4
+    for (int p = 1; p < kPlaces; ++p) {
+      dot = _mm512_add_epi32(dot, _mm512_srai_epi32(acc[r][p], 2 * p));
+    }
+    StoreOutputs(a.y + r * a.y_stride, mask, dot, a.x_sums[r], a.weight_scale * a.x_scales[r]);
+  }
+}
+
+template <int kPanels, int kRows>
+__attribute__((noinline)) void TileRows(const TileArgs& a) {
+  __mmask16 masks[kPanels];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; ++p) masks[p] = OutputMask(a.num_outputs - 16 * p);
+
+  __m512i acc[kPanels][kRows];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const float* y = a.y + r * a.y_stride + 16 * p;
+      acc[p][r] = a.first ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(masks[p], y);
+    }
+
+  RowPointers<kRows> x(a.x, a.x_stride);
+  const uint8_t* unpacked = a.unpacked;
+  for (int64_t i = 0; i < kFields * a.num_blocks; ++i) {
+    __m512i codes[kPanels];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      codes[p] = _mm512_load_si512(unpacked + p * kUnpackedPanelBytes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i four = _mm512_set1_epi32(reinterpret_cast<const Dword*>(x.at(r))->value);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) acc[p][r] = _mm512_dpbusd_epi32(acc[p][r], codes[p], four);
+    }
+    unpacked += 64;
+    x.Advance(4);
+  }
+
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      float* y = a.y + r * a.y_stride + 16 * p;
+      if (a.last) {
+        StoreOutputs(y, masks[p], acc[p][r], a.x_sums[r], a.weight_scale * a.x_scales[r]);
+      } else {
+        _mm512_mask_storeu_epi32(y, masks[p], acc[p][r]);
+      }
+    }
+}
+
+struct Micro {
+  static constexpr int kStreamRows = 24;
+  static constexpr int kTileRows = 12;
+  static constexpr int kTilePanels = 2;
+
+  // Accumulators: 4 places x 5 rows, 2 x 12 or 1 x 24, within 32 registers.
+  template <int kRows = kStreamRows>
+  static void Stream(const StreamArgs& a) {
+    constexpr int kPlaces = kRows <= 5 ? 4 : kRows <= 12 ? 2 : 1;
+    if (a.num_rows == kRows) {
+      StreamRows<kRows, kPlaces>(a);
+    } else if constexpr (kRows > 1) {
+      Stream<kRows - 1>(a);
+    }
+  }
+
+  static void Unpack(const uint8_t* codes, int64_t num_blocks, uint8_t* out) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const __m512i block = _mm512_loadu_si512(codes + 64 * b);
+#pragma GCC unroll 4
+      for (int f = 0; f < kFields; ++f) {
+        _mm512_store_si512(out + 64 * (kFields * b + f), Field<1>(block, f));
+      }
+    }
+  }
+
+  template <int kRows = kTileRows>
+  static void Tile(const TileArgs& a) {
+    if (a.num_rows == kRows) {
+      a.num_panels == 2 ? TileRows<2, kRows>(a) : TileRows<1, kRows>(a);
+    } else if constexpr (kRows > 1) {
+      Tile<kRows - 1>(a);
+    }
+  }
+};
+
+}  // namespace
+
+void RunPanels(const PanelRun& run) {
+  if (run.num_rows <= 2 * Micro::kStreamRows) {
+    StreamPanels<Micro>(run);
+  } else {
+    TilePanels<Micro>(run);
+  }
+}
+
+int64_t DotLoop(int64_t iterations) {
+  constexpr int kChains = 24;
+  __m512i acc[kChains];
+#pragma GCC unroll 32
+  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_epi32(c);
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 32
+    for (int c = 0; c < kChains; ++c) {
+      acc[c] = _mm512_dpbusd_epi32(acc[c], acc[c], acc[c]);
+      __asm__ volatile("" : "+v"(acc[c]));  // keep every one
+    }
+  }
+  return iterations * kChains * 64;
+}
+
+}  // namespace ternion::kernels::avx512vnni

@@ -1,0 +1,307 @@
+#include "kernels/ternary.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kernels/select.h"
+
+namespace ternion::kernels {
+namespace {
+
+constexpr int64_t kOddRows[] = {1, 3, 15, 16, 17, 64, 1003};
+constexpr int64_t kOddColumns[] = {1, 7, 16, 72, 1000};
+
+std::vector<int8_t> RandomTernary(int64_t count, std::mt19937& rng) {
+  std::vector<int8_t> weights(count);
+  for (int8_t& w : weights) w = static_cast<int8_t>(static_cast<int>(rng() % 3) - 1);
+  return weights;
+}
+
+OwnedTernaryMatrix Pack(const std::vector<int8_t>& weights, int64_t rows, int64_t columns,
+                        float scale) {
+  OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, scale);
+  PackTernary(weights.data(), 0, rows, columns, matrix.codes.data());
+  return matrix;
+}
+
+std::vector<int8_t> Unpack(const TernaryMatrix& matrix) {
+  std::vector<int8_t> weights(matrix.rows * matrix.columns);
+  UnpackTernary(matrix, weights.data());
+  return weights;
+}
+
+// The packing of Hugging Face, by its definition. Fields without an output row hold 0.
+std::vector<uint8_t> PackHf(const std::vector<int8_t>& weights, int64_t rows, int64_t columns) {
+  const int64_t packed_rows = base::CeilDiv(rows, 4);
+  std::vector<uint8_t> packed(packed_rows * columns);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      packed[row % packed_rows * columns + column] |=
+          static_cast<uint8_t>((weights[row * columns + column] + 1) << (row / packed_rows * 2));
+    }
+  }
+  return packed;
+}
+
+TEST(Packing, LayoutIsAsDocumented) {
+  std::vector<int8_t> weights(17 * 32, -1);
+  weights[16 * 32 + 16 + 9] = 1;  // panel 1, its row 0; block 1, column 9 = 8 + 1: byte 1, bits 5 4
+  const OwnedTernaryMatrix matrix = Pack(weights, 17, 32, 1.0f);
+  ASSERT_EQ(matrix.view.bytes(), 2 * 2 * kBlockBytes);
+  for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
+    EXPECT_EQ(matrix.view.codes[i], i == 3 * kBlockBytes + 1 ? 2 << 4 : 0) << i;
+  }
+}
+
+TEST(Packing, RoundTrip) {
+  std::mt19937 rng(1);
+  for (int64_t rows : kOddRows) {
+    for (int64_t columns : kOddColumns) {
+      const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+      const OwnedTernaryMatrix matrix = Pack(weights, rows, columns, 0.5f);
+      EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
+      EXPECT_EQ(matrix.view.scale, 0.5f);
+    }
+  }
+}
+
+TEST(Packing, RowRangesAreIndependent) {
+  std::mt19937 rng(2);
+  const int64_t rows = 53, columns = 40;
+  const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+  const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+  OwnedTernaryMatrix from_int8 = MakeTernaryMatrix(rows, columns, 1);
+  OwnedTernaryMatrix from_hf = MakeTernaryMatrix(rows, columns, 1);
+  const int64_t bounds[] = {0, 2, 19, 32, 53};
+  for (int i : {3, 0, 2, 1}) {
+    PackTernary(weights.data(), bounds[i], bounds[i + 1], columns, from_int8.codes.data());
+    EXPECT_TRUE(
+        RepackHf(packed.data(), rows, columns, bounds[i], bounds[i + 1], from_hf.codes.data()));
+  }
+  EXPECT_EQ(Unpack(from_int8.view), weights);
+  EXPECT_EQ(Unpack(from_hf.view), weights);
+}
+
+TEST(Packing, FromHf) {
+  std::mt19937 rng(3);
+  for (int64_t rows : kOddRows) {
+    for (int64_t columns : kOddColumns) {
+      const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+      const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+      OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
+      EXPECT_TRUE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data()));
+      EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
+      const OwnedTernaryMatrix direct = Pack(weights, rows, columns, 1);
+      EXPECT_TRUE(std::equal(matrix.view.codes, matrix.view.codes + matrix.view.bytes(),
+                             direct.view.codes));
+    }
+  }
+}
+
+TEST(Packing, FromHfRefusesCodeThree) {
+  std::mt19937 rng(4);
+  for (int64_t rows : {3, 17, 64}) {
+    const int64_t columns = 24, packed_rows = base::CeilDiv(rows, 4);
+    const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t column = static_cast<int64_t>(rng() % columns);
+      std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+      packed[row % packed_rows * columns + column] |=
+          static_cast<uint8_t>(3 << (row / packed_rows * 2));
+      OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
+      EXPECT_FALSE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data())) << row;
+    }
+  }
+}
+
+// What the padding fields of the last packed rows hold does not matter.
+TEST(Packing, FromHfIgnoresFieldsWithoutRows) {
+  std::mt19937 rng(5);
+  const int64_t rows = 5, columns = 20;  // 2 packed rows, 8 fields
+  const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+  std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+  for (int64_t c = 0; c < columns; ++c) {
+    packed[c] |= 0xc0;
+    packed[columns + c] |= 0xf0;
+  }
+  OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
+  EXPECT_TRUE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data()));
+  EXPECT_EQ(Unpack(matrix.view), weights);
+}
+
+// Activations with sums and scales; codes are random, or all `constant`.
+struct Rows {
+  QuantizedBuffer buffer;
+  QuantizedRows view;
+
+  Rows(int64_t num_rows, int64_t dim, std::mt19937& rng, const int8_t* constant = nullptr)
+      : buffer(std::max<int64_t>(num_rows, 1), dim), view(buffer.rows(num_rows)) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      view.scales[r] = 0.001f * static_cast<float>(1 + rng() % 1000);
+      for (int64_t c = 0; c < dim; ++c) {
+        const int8_t code = constant ? *constant : static_cast<int8_t>(rng());
+        view.codes[r * view.stride + c] = code;
+        view.sums[r] += code;
+      }
+    }
+  }
+};
+
+// One group's weights and its outputs, with guards around what may be written.
+struct Group {
+  static constexpr float kGuard = -123.0f;
+
+  OwnedTernaryMatrix matrix;
+  std::vector<float> y;
+  TernaryGroup group;
+
+  Group(OwnedTernaryMatrix weights, int64_t row_begin, int64_t num_rows)
+      : matrix(std::move(weights)) {
+    const int64_t stride = matrix.view.rows + 3;
+    y.assign(num_rows * stride + 1, kGuard);
+    group = {matrix.view, row_begin, num_rows, y.data(), stride};
+  }
+};
+
+std::vector<std::vector<float>> Product(const char* isa, const QuantizedRows& x,
+                                    std::vector<Group>& groups, int num_threads) {
+  base::ThreadPool threads(num_threads);
+  Executor executor{.threads = &threads};
+  std::vector<TernaryGroup> views;
+  for (Group& group : groups) {
+    std::fill(group.y.begin(), group.y.end(), Group::kGuard);
+    views.push_back(group.group);
+  }
+  SelectCpuKernels(isa)->ternary_matmul({x, views}, executor);
+  std::vector<std::vector<float>> results;
+  for (const Group& group : groups) results.push_back(group.y);
+  return results;
+}
+
+// All variants and numbers of threads give what the scalar variant gives on one thread, bit for
+// bit.
+void ExpectAllEqual(const QuantizedRows& x, std::vector<Group>& groups, const std::string& what) {
+  const auto expected = Product("scalar", x, groups, 1);
+  for (const char* isa : AvailableIsas()) {
+    for (int num_threads : {1, 2, 3, 4}) {
+      const auto actual = Product(isa, x, groups, num_threads);
+      for (size_t g = 0; g < groups.size(); ++g) {
+        ASSERT_EQ(actual[g], expected[g])
+            << isa << ", " << num_threads << " threads, group " << g << ": " << what;
+      }
+    }
+  }
+}
+
+// The scalar variant against the definition.
+TEST(Matmul, ScalarIsRight) {
+  std::mt19937 rng(6);
+  const int64_t rows = 19, columns = 45;
+  const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+  Rows x(3, columns, rng);
+  std::vector<Group> groups;
+  groups.emplace_back(Pack(weights, rows, columns, 0.25f), 1, 2);
+  const std::vector<float> y = Product("scalar", x.view, groups, 1)[0];
+  for (int64_t r = 0; r < 2; ++r) {
+    for (int64_t o = 0; o < rows; ++o) {
+      int dot = 0;
+      for (int64_t c = 0; c < columns; ++c) {
+        dot += weights[o * columns + c] * x.view.codes[(r + 1) * x.view.stride + c];
+      }
+      const float expected = static_cast<float>(dot) * (0.25f * x.view.scales[r + 1]);
+      EXPECT_EQ(y[r * (rows + 3) + o], expected);
+    }
+    for (int64_t o = rows; o < rows + 3; ++o) EXPECT_EQ(y[r * (rows + 3) + o], Group::kGuard);
+  }
+}
+
+TEST(Matmul, VariantsAgreeOnOddShapes) {
+  std::mt19937 rng(7);
+  for (int64_t num_rows : {0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 24, 25, 31, 49, 64, 100}) {
+    for (int trial = 0; trial < 3; ++trial) {
+      const int64_t rows = 1 + static_cast<int64_t>(rng() % 120);
+      const int64_t columns = 1 + static_cast<int64_t>(rng() % 600);
+      Rows x(num_rows, columns, rng);
+      std::vector<Group> groups;
+      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.7f), 0,
+                          num_rows);
+      ExpectAllEqual(x.view, groups,
+                     std::to_string(num_rows) + " x " + std::to_string(rows) + " x " +
+                         std::to_string(columns));
+    }
+  }
+}
+
+// More rows and columns than one block of the tiled loops, and enough work for several threads.
+TEST(Matmul, VariantsAgreeAcrossBlocks) {
+  std::mt19937 rng(8);
+  for (const auto& [num_rows, rows, columns] :
+       {std::array<int64_t, 3>{251, 50, 2100}, {60, 33, 4500}, {3, 700, 2050}}) {
+    Rows x(num_rows, columns, rng);
+    std::vector<Group> groups;
+    groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 1.3f), 0, num_rows);
+    ExpectAllEqual(x.view, groups, std::to_string(num_rows) + " rows");
+  }
+}
+
+TEST(Matmul, VariantsAgreeOnGroups) {
+  std::mt19937 rng(9);
+  for (int trial = 0; trial < 6; ++trial) {
+    const int64_t columns = 1 + static_cast<int64_t>(rng() % 300);
+    const int64_t num_rows = 90;
+    Rows x(num_rows, columns, rng);
+    std::vector<Group> groups;
+    for (int g = 0; g < 9; ++g) {  // rows of groups overlap; some groups are empty
+      const int64_t count = static_cast<int64_t>(g % 3 == 1 ? 0 : rng() % 70);
+      const int64_t begin = static_cast<int64_t>(rng() % (num_rows - count + 1));
+      const int64_t rows = 1 + static_cast<int64_t>(rng() % 100);
+      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f), begin,
+                          count);
+    }
+    ExpectAllEqual(x.view, groups, "trial " + std::to_string(trial));
+  }
+}
+
+TEST(Matmul, NoGroupsAtAll) {
+  std::mt19937 rng(10);
+  Rows x(1, 16, rng);
+  std::vector<Group> groups;
+  ExpectAllEqual(x.view, groups, "no groups");
+}
+
+// The largest sums there can be, up to the largest number of columns.
+TEST(Matmul, ExtremeCodesDoNotOverflow) {
+  std::mt19937 rng(11);
+  for (int8_t code : {int8_t{-128}, int8_t{127}}) {
+    for (int64_t columns : {int64_t{2048}, int64_t{2064}, kMaxColumns}) {
+      for (int8_t weight : {int8_t{-1}, int8_t{1}}) {
+        for (int64_t num_rows : {1, 5, 12, 13, 50}) {
+          if (num_rows > 1 && columns == kMaxColumns && weight < 0)
+            continue;  // slow, no new extreme
+          const int64_t rows = 17;
+          Rows x(num_rows, columns, rng, &code);
+          std::vector<Group> groups;
+          groups.emplace_back(Pack(std::vector<int8_t>(rows * columns, weight), rows, columns, 1),
+                              0, num_rows);
+          for (const char* isa : AvailableIsas()) {
+            const std::vector<float> y = Product(isa, x.view, groups, 1)[0];
+            for (int64_t r = 0; r < num_rows; ++r) {
+              const float expected =
+                  static_cast<float>(weight * code * columns) * (1.0f * x.view.scales[r]);
+              for (int64_t o = 0; o < rows; ++o) ASSERT_EQ(y[r * (rows + 3) + o], expected) << isa;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ternion::kernels
