@@ -6,8 +6,8 @@
 //   int8    8     fp32 per row          bf16 per 128 elements
 //   int4    4     fp32 per row          bf16 per 32 elements   (two codes a byte, low nibble first)
 //
-// Dispatch at the model's own width (int8 for 8-bit activations, int4 for 4-bit) carries the codes that
-// the experts will multiply: nothing is rounded. Combine formats round; fp32 does not.
+// Dispatch at the model's own width (int8 for 8-bit activations, int4 for 4-bit) carries the codes
+// that the experts will multiply: nothing is rounded. Combine formats round; fp32 does not.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ namespace ternion::comm {
 
 enum class RowFormat : uint8_t { kFp32, kBf16, kInt8, kInt4 };
 
-absl::string_view RowFormatName(RowFormat format);                 // "fp32", ...
-absl::StatusOr<RowFormat> ParseRowFormat(absl::string_view name);  // InvalidArgument names the choices
+absl::string_view RowFormatName(RowFormat format);  // "fp32", ...
+absl::StatusOr<RowFormat> ParseRowFormat(
+    absl::string_view name);  // InvalidArgument names the choices
 
 // Bytes of `dim` codes (no scale) at `format`.
 int64_t CodeBytes(RowFormat format, int64_t dim);
@@ -36,8 +37,8 @@ void UnpackInt4(const uint8_t* packed, int64_t dim, int8_t* codes);
 void EncodeBf16(const float* x, int64_t dim, uint8_t* out);
 void DecodeBf16(const uint8_t* bytes, int64_t dim, float* x);
 
-// One combine row. int8: s = absmax of the block / 127, int4: absmax / 7, s rounded up to bf16; codes round
-// half to even. A block of zeros has scale 0.
+// One combine row. int8: s = absmax of the block / 127, int4: absmax / 7, s rounded up to bf16;
+// codes round half to even. A block of zeros has scale 0.
 void EncodeCombineRow(RowFormat format, const float* x, int64_t dim, uint8_t* out);
 void DecodeCombineRow(RowFormat format, const uint8_t* bytes, int64_t dim, float* x);
 

@@ -15,8 +15,9 @@ absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& b
 // On rank 0: every rank's `bytes`, by rank. Elsewhere: empty.
 absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std::string& bytes);
 
-// The same outcome everywhere: ok when every rank passes ok, else the error of the lowest rank that has
-// one. What only one rank can find (a corrupt shard) ends all of them with one message and no hang.
+// The same outcome everywhere: ok when every rank passes ok, else the error of the lowest rank that
+// has one. What only one rank can find (a corrupt shard) ends all of them with one message and no
+// hang.
 absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status);
 
 }  // namespace ternion::comm

@@ -1,14 +1,16 @@
-// The activation exchange of one MoE layer: rows go to the ranks of their experts and come back summed.
+// The activation exchange of one MoE layer: rows go to the ranks of their experts and come back
+// summed.
 //
-// Call order on every rank, for every layer: DispatchSend, DispatchRecv, (experts run), CombineSend,
-// CombineRecv. Each half is nonblocking where it can be, so that work fits between them. Collective: a
-// rank without rows calls too. Exactly one dispatch message goes to every peer (without rows it is a bare
-// header, so no count round is needed); a combine message goes back wherever rows came from.
+// Call order on every rank, for every layer: DispatchSend, DispatchRecv, (experts run),
+// CombineSend, CombineRecv. Each half is nonblocking where it can be, so that work fits between
+// them. Collective: a rank without rows calls too. Exactly one dispatch message goes to every peer
+// (without rows it is a bare header, so no count round is needed); a combine message goes back
+// wherever rows came from.
 //
-// Sums. `presum`: each rank returns one row per received row, its own experts' weighted outputs added in
-// ascending expert id; the owner adds in ascending rank. Without presum (the exact wire): one unweighted
-// row per (row, expert), and the owner adds weight * row in ascending expert id, which does not depend on
-// where experts live.
+// Sums. `presum`: each rank returns one row per received row, its own experts' weighted outputs
+// added in ascending expert id; the owner adds in ascending rank. Without presum (the exact wire):
+// one unweighted row per (row, expert), and the owner adds weight * row in ascending expert id,
+// which does not depend on where experts live.
 #pragma once
 
 #include <cstdint>
@@ -39,15 +41,17 @@ struct DispatchPlan {
     int32_t first_route = 0;  // into routes; num_routes of them, ascending expert id
     int32_t num_routes = 0;
   };
-  std::vector<int32_t> rank_begin;  // [size + 1] rows of destination rank r: rank_begin[r] .. rank_begin[r+1]
-  std::vector<Row> rows;            // grouped by destination rank, ascending source inside
+  std::vector<int32_t>
+      rank_begin;         // [size + 1] rows of destination rank r: rank_begin[r] .. rank_begin[r+1]
+  std::vector<Row> rows;  // grouped by destination rank, ascending source inside
   std::vector<Route> routes;
 };
 
-// A row that this rank's experts work on. Rows are ordered by source rank (this rank in its place), then
-// as dispatched.
+// A row that this rank's experts work on. Rows are ordered by source rank (this rank in its place),
+// then as dispatched.
 struct ReceivedRow {
-  const int8_t* codes = nullptr;  // [hidden], unpadded, any alignment; valid until CombineRecv returns
+  const int8_t* codes =
+      nullptr;  // [hidden], unpadded, any alignment; valid until CombineRecv returns
   float scale = 0;
   int32_t first_route = 0;
   int32_t num_routes = 0;
@@ -60,31 +64,44 @@ struct ReceivedRows {
 struct ExchangeOptions {
   RowFormat dispatch = RowFormat::kInt8;
   RowFormat combine = RowFormat::kBf16;
-  bool presum = true;     // false only with combine == kFp32: the exact wire
-  int act_bits = 8;       // width the model quantizes activations to: 8 or 4
+  bool presum = true;  // false only with combine == kFp32: the exact wire
+  int act_bits = 8;    // width the model quantizes activations to: 8 or 4
   int64_t hidden = 0;
-  int64_t max_rows = 0;   // own rows of one step, at most
-  int top_k = 0;          // routes of one row, at most
-  int num_experts = 0;    // ids from the wire must be below
+  int64_t max_rows = 0;  // own rows of one step, at most
+  int top_k = 0;         // routes of one row, at most
+  int num_experts = 0;   // ids from the wire must be below
 };
 
+struct MessageHeader;  // comm/wire.h
+
+// InvalidArgument, naming the option, when a value is out of range or two options contradict each
+// other: int4 dispatch needs 4-bit activations (it must stay lossless), the exact wire needs fp32
+// combine.
+absl::Status ValidateExchangeOptions(const ExchangeOptions& options);
+
+// Used by its rank's one thread. After an error the exchange is unusable: the rank gives up.
 class Exchange {
  public:
-  // `transport`, `kernels` and `executor` outlive the exchange.
+  // `options` are valid and equal on all ranks. `transport`, `kernels` and `executor` (with
+  // threads) outlive the exchange.
   Exchange(const ExchangeOptions& options, Transport* transport, const kernels::Kernels* kernels,
            kernels::Executor* executor);
+  ~Exchange();
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
 
-  // Sends this rank's rows. `codes`: the batch as the experts will multiply it. `normed`: the fp32 rows
-  // they were quantized from, [num_rows, hidden], needed only when dispatch is fp32 or bf16 (NeedsNormed).
-  // Both must stay until CombineRecv. `step` and `layer` are checked against the peers' headers.
+  // Sends this rank's rows. `plan` is copied. `codes`: the batch as the experts will multiply it.
+  // `normed`: the fp32 rows they were quantized from, [num_rows, hidden], needed only when dispatch
+  // is fp32 or bf16 (NeedsNormed). `codes` must stay until CombineRecv, `normed` until this
+  // returns. `step` and `layer` are checked against the peers' headers.
   absl::Status DispatchSend(uint32_t step, uint32_t layer, const DispatchPlan& plan,
                             const kernels::QuantizedRows& codes, const float* normed);
 
   // Rows for this rank's experts, from all ranks. Valid until CombineRecv returns.
   absl::StatusOr<const ReceivedRows*> DispatchRecv();
 
-  // Sends the experts' outputs back. presum: [received rows, hidden]; else [received routes, hidden],
-  // unweighted, in the order of ReceivedRows::routes. Must stay until CombineRecv returns.
+  // Sends the experts' outputs back. presum: [received rows, hidden]; else [received routes,
+  // hidden], unweighted, in the order of ReceivedRows::routes. Must stay until CombineRecv returns.
   absl::Status CombineSend(const float* outputs);
 
   // Adds the returned rows onto `out` [own rows, hidden].
@@ -92,6 +109,61 @@ class Exchange {
 
   bool NeedsNormed() const;
   const ExchangeOptions& options() const { return options_; }
+
+ private:
+  enum class Stage { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv };
+  struct Peer;
+  // One summand of an own row; summands are added in ascending `order`.
+  struct Term {
+    int32_t order = 0;  // rank, or expert id without presum
+    float weight = 0;
+    const float* row = nullptr;  // [hidden]
+  };
+
+  absl::Status SendDispatchTo(int rank, const float* normed);
+  absl::Status TakeDispatch(Arrival arrival);
+  void WidenCodes(Peer& peer);
+  void AppendRowsOf(Peer& peer);
+  void AppendOwnRows();
+
+  absl::Status SendCombineTo(int rank, const float* rows);
+  absl::Status TakeCombine(Arrival arrival);
+  void CollectTerms();
+  template <typename Visit>
+  void ForEachTerm(Visit&& visit) const;
+
+  std::span<const DispatchPlan::Row> PlannedRows(int rank) const;
+  int64_t PlannedRoutes(int rank) const;
+  MessageHeader HeaderOf(Phase phase, int64_t rows, int64_t routes, int64_t payload_bytes) const;
+  MessageHeader CombineHeader(int64_t rows, int64_t routes) const;
+  absl::Status Send(int rank, const MessageHeader& header, Message message);
+  const float* FloatRows(RowFormat format, const uint8_t* bytes, int64_t num_rows,
+                         base::Array<float>* decoded);
+  template <typename Body>
+  void ForRows(int64_t count, Body&& body);
+  void CountTraffic(Phase phase, int rank, const TrafficCount& count);
+
+  const ExchangeOptions options_;
+  Transport* const transport_;
+  const kernels::Kernels* const kernels_;
+  kernels::Executor* const executor_;
+  const int rank_;
+
+  // The layer in progress.
+  Stage stage_ = Stage::kDispatchSend;  // the call that must come next
+  uint32_t step_ = 0;
+  uint32_t layer_ = 0;
+  DispatchPlan plan_;
+  kernels::QuantizedRows codes_;  // the caller's
+  ReceivedRows received_;
+  std::vector<Peer> peers_;      // [size], this rank's own unused but for its place in received_
+  std::vector<RankId> waiting_;  // ranks whose message is still to come
+
+  // What CombineRecv adds: onto row i, terms_[term_begin_[i]] .. terms_[term_begin_[i + 1]] - 1.
+  std::vector<int32_t> term_begin_;
+  std::vector<Term> terms_;
+  std::vector<const float*> term_rows_;
+  std::vector<float> term_weights_;
 };
 
 }  // namespace ternion::comm

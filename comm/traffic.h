@@ -10,7 +10,8 @@ namespace ternion::comm {
 enum class Phase : uint8_t { kControl, kDispatch, kCombine };
 inline constexpr int kNumPhases = 3;
 
-// Self rows stay in this rank's memory: they are counted, but they are never wire traffic.
+// Self rows stay in this rank's memory: their payload is counted, but they are never wire traffic
+// and form no message.
 enum class TrafficScope : uint8_t { kSelf, kIntraNode, kInterNode };
 inline constexpr int kNumScopes = 3;
 

@@ -1,11 +1,15 @@
 // Moves messages between ranks: one message per (peer, phase) at a time, in order.
 //
-// Backends: loopback (ranks are threads of one process), MPI, NCCL. An absent backend is a stub that
-// says so. A Transport belongs to its rank worker and is used by that one thread.
+// Backends: loopback (ranks are threads of one process), MPI, NCCL. An absent backend is a stub
+// that says so. A Transport belongs to its rank worker and is used by that one thread.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -18,14 +22,26 @@ namespace ternion::comm {
 
 using base::RankId;
 
-// Owned bytes of one message. Buffers circulate: Acquire, fill, Send; Receive, read, Recycle. In steady
-// state nothing is allocated.
+// Owned bytes of one message. Buffers circulate: Acquire, fill, Send; Receive, read, Recycle. In
+// steady state nothing is allocated.
 struct Message {
   base::Buffer memory;
   size_t size_bytes = 0;  // used part of memory
 
   std::span<uint8_t> bytes() { return {memory.data(), size_bytes}; }
   std::span<const uint8_t> bytes() const { return {memory.data(), size_bytes}; }
+};
+
+// Free message buffers, by power of two. Thread-safe, since the ranks of a loopback world share
+// one.
+class MessagePool {
+ public:
+  Message Acquire(size_t bytes);
+  void Recycle(Message message);
+
+ private:
+  std::mutex mutex_;
+  std::array<std::vector<base::Buffer>, 64> free_;  // [log2 of the buffers' size]
 };
 
 struct Arrival {
@@ -47,24 +63,28 @@ class Transport {
   // Unavailable when the peer is known to be gone.
   virtual absl::Status Send(RankId to, Phase phase, Message message) = 0;
 
-  // Waits for the next message of `phase` from any of `from` (not empty, without this rank); the first
-  // to arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a peer in
-  // `from` is gone and nothing of it is left to read.
+  // Waits for the next message of `phase` from any of `from` (not empty, without this rank); the
+  // first to arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a
+  // peer in `from` is gone and nothing of it is left to read.
   virtual absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) = 0;
 
-  // Tells the peers that this rank gives up because of `status`: their waits end with an error. Called
-  // once, at the end of a rank that failed.
+  // Tells the peers that this rank gives up because of `status`: their waits end with an error.
+  // Called once, at the end of a rank that failed. MPI logs `status` and ends the whole job: it
+  // does not return.
   virtual void Abort(const absl::Status& status) = 0;
 
   // A message of `bytes` from the pool. Its content is unspecified.
-  Message Acquire(size_t bytes);
-  void Recycle(Message message);
+  Message Acquire(size_t bytes) { return pool_->Acquire(bytes); }
+  void Recycle(Message message) { pool_->Recycle(std::move(message)); }
 
   TrafficMeter& traffic() { return traffic_; }
   TrafficScope ScopeOf(RankId peer) const;
 
+ protected:
+  explicit Transport(std::shared_ptr<MessagePool> pool) : pool_(std::move(pool)) {}
+
  private:
-  std::vector<base::Buffer> pool_;
+  std::shared_ptr<MessagePool> pool_;
   TrafficMeter traffic_;
 };
 

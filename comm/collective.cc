@@ -1,0 +1,121 @@
+#include "comm/collective.h"
+
+#include <cstring>
+
+#include "base/status.h"
+#include "comm/wire.h"
+
+namespace ternion::comm {
+namespace {
+
+constexpr RankId kRoot{0};
+
+// Which collective a control message belongs to, so that ranks that lost step find out.
+enum class Collective : uint32_t { kBroadcast = 1, kGather = 2 };
+
+MessageHeader HeaderOf(Collective collective) {
+  MessageHeader header;
+  header.phase = Phase::kControl;
+  header.layer = static_cast<uint32_t>(collective);
+  return header;
+}
+
+absl::Status SendBytes(Transport& transport, RankId to, Collective collective,
+                       const std::string& bytes) {
+  MessageHeader header = HeaderOf(collective);
+  header.payload_bytes = bytes.size();
+  Message message = transport.Acquire(sizeof(header) + bytes.size());
+  std::memcpy(message.bytes().data() + sizeof(header), bytes.data(), bytes.size());
+  SealMessage(header, message.bytes());
+  transport.traffic().Add(Phase::kControl, transport.ScopeOf(to),
+                          {.payload_bytes = static_cast<int64_t>(bytes.size()),
+                           .message_bytes = static_cast<int64_t>(message.size_bytes),
+                           .messages = 1});
+  return transport.Send(to, Phase::kControl, std::move(message));
+}
+
+// The bytes that the arrival carries; its buffer goes back to the pool.
+absl::StatusOr<std::string> OpenArrival(Transport& transport, Collective collective,
+                                        Arrival arrival) {
+  const std::span<const uint8_t> message = arrival.message.bytes();
+  TERNION_ASSIGN_OR_RETURN(const MessageHeader header,
+                           CheckHeader(message, HeaderOf(collective), arrival.from));
+  const std::span<const uint8_t> payload = message.subspan(sizeof(header));
+  if (header.payload_bytes != payload.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("control message from rank ", base::Index(arrival.from), ": payload bytes is ",
+                     header.payload_bytes, ", expected ", payload.size()));
+  }
+  std::string bytes(payload.begin(), payload.end());
+  transport.Recycle(std::move(arrival.message));
+  return bytes;
+}
+
+std::vector<RankId> OtherRanks(const Transport& transport) {
+  std::vector<RankId> others;
+  for (int rank = 0; rank < transport.size(); ++rank) {
+    if (RankId{rank} != transport.rank()) others.push_back(RankId{rank});
+  }
+  return others;
+}
+
+// One byte of code, then the message.
+std::string EncodeStatus(const absl::Status& status) {
+  std::string bytes(1, static_cast<char>(status.code()));
+  bytes.append(status.message().data(), status.message().size());
+  return bytes;
+}
+
+absl::Status DecodeStatus(const std::string& bytes) {
+  constexpr int kLastCode = static_cast<int>(absl::StatusCode::kUnauthenticated);
+  if (bytes.empty() || static_cast<uint8_t>(bytes[0]) > kLastCode) {
+    return absl::InvalidArgumentError("control message: unknown status code");
+  }
+  return absl::Status(static_cast<absl::StatusCode>(bytes[0]), bytes.substr(1));
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& bytes) {
+  if (transport.rank() != kRoot) {
+    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive({&kRoot, 1}, Phase::kControl));
+    return OpenArrival(transport, Collective::kBroadcast, std::move(arrival));
+  }
+  for (RankId to : OtherRanks(transport)) {
+    TERNION_RETURN_IF_ERROR(SendBytes(transport, to, Collective::kBroadcast, bytes));
+  }
+  return bytes;
+}
+
+absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std::string& bytes) {
+  if (transport.rank() != kRoot) {
+    TERNION_RETURN_IF_ERROR(SendBytes(transport, kRoot, Collective::kGather, bytes));
+    return std::vector<std::string>();
+  }
+  std::vector<std::string> gathered(transport.size());
+  gathered[0] = bytes;
+  std::vector<RankId> waiting = OtherRanks(transport);
+  while (!waiting.empty()) {
+    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive(waiting, Phase::kControl));
+    const RankId from = arrival.from;
+    std::erase(waiting, from);
+    TERNION_ASSIGN_OR_RETURN(gathered[base::Index(from)],
+                             OpenArrival(transport, Collective::kGather, std::move(arrival)));
+  }
+  return gathered;
+}
+
+absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> statuses,
+                           Gather(transport, EncodeStatus(status)));
+  std::string outcome = EncodeStatus(absl::OkStatus());
+  for (size_t rank = statuses.size(); rank-- > 0;) {
+    const absl::Status of_rank = DecodeStatus(statuses[rank]);
+    if (of_rank.ok()) continue;
+    outcome = EncodeStatus(base::Annotate(of_rank, absl::StrCat("rank ", rank)));
+  }
+  TERNION_ASSIGN_OR_RETURN(outcome, Broadcast(transport, outcome));
+  return DecodeStatus(outcome);
+}
+
+}  // namespace ternion::comm

@@ -1,0 +1,302 @@
+#include "comm/mpi/mpi.h"
+
+// Only the C interface: the C++ bindings are long deprecated, and a library of their own.
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+
+#include "base/logging.h"
+#include "base/status.h"
+
+namespace ternion::comm {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// The tag of a message is its phase; this one says that the sender has left and sends nothing more.
+constexpr int kLeaveTag = kNumPhases;
+
+absl::Status FromMpi(int code, absl::string_view call) {
+  if (code == MPI_SUCCESS) return absl::OkStatus();
+  char text[MPI_MAX_ERROR_STRING] = "unknown error";
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  return absl::UnavailableError(absl::StrCat(call, ": ", text));
+}
+
+// Spends the time between two polls: first not at all, then by letting others run, then asleep, so
+// that more ranks than cores do not starve each other.
+class Backoff {
+ public:
+  // Returns whether it slept.
+  bool Wait() {
+    const auto idle = Clock::now() - start_;
+    if (idle < std::chrono::microseconds(20)) return false;
+    if (idle < std::chrono::microseconds(200)) {
+      sched_yield();
+      return false;
+    }
+    const timespec pause{0, 20'000};
+    nanosleep(&pause, nullptr);
+    return true;
+  }
+
+ private:
+  const Clock::time_point start_ = Clock::now();
+};
+
+absl::StatusOr<bool> IsDone(MPI_Request* request) {
+  int done = 0;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Test(request, &done, MPI_STATUS_IGNORE), "MPI_Test"));
+  return done != 0;
+}
+
+struct Outgoing {
+  MPI_Request request = MPI_REQUEST_NULL;
+  Message message;
+};
+
+struct Incoming {
+  RankId from{};
+  Phase phase{};
+  MPI_Request request = MPI_REQUEST_NULL;
+  Message message;
+};
+
+class MpiTransport : public Transport {
+ public:
+  static absl::StatusOr<std::unique_ptr<Transport>> Create();
+  ~MpiTransport() override;
+
+  RankId rank() const override { return RankId{rank_}; }
+  int size() const override { return static_cast<int>(node_of_.size()); }
+  int NodeOf(RankId rank) const override { return node_of_[base::Index(rank)]; }
+
+  absl::Status Send(RankId to, Phase phase, Message message) override;
+  absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) override;
+  void Abort(const absl::Status& status) override;
+
+ private:
+  MpiTransport() : Transport(std::make_shared<MessagePool>()) {}
+  absl::Status Connect();
+  absl::Status FindNodes();
+  absl::Status ReclaimSent();
+  bool IsReceiving(RankId from, Phase phase) const;
+  absl::Status StartReceive(RankId from, Phase phase);
+  absl::Status NoteLeavers(std::span<const RankId> ranks);
+  absl::Status Leave();
+  absl::StatusOr<bool> DropOneMessage();
+
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = 0;
+  std::vector<int> node_of_;        // [size] the lowest rank on the same host
+  std::vector<bool> left_;          // [size] ranks that are known to have left
+  std::vector<Outgoing> outgoing_;  // whose bytes have not left yet
+  std::vector<Incoming> incoming_;  // begun and not handed out yet; one per (rank, phase)
+};
+
+absl::StatusOr<std::unique_ptr<Transport>> MpiTransport::Create() {
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  if (initialized) return absl::FailedPreconditionError("MPI is already in use in this process");
+  int provided = 0;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided),
+                                  "MPI_Init_thread"));
+  std::unique_ptr<MpiTransport> transport(new MpiTransport());
+  if (provided < MPI_THREAD_FUNNELED) {
+    return absl::FailedPreconditionError(
+        "this MPI library does not support threads (MPI_THREAD_FUNNELED)");
+  }
+  TERNION_RETURN_IF_ERROR(transport->Connect());
+  return transport;
+}
+
+absl::Status MpiTransport::Connect() {
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup"));
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler"));
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank"));
+  return FindNodes();
+}
+
+// A node is named by its lowest rank.
+absl::Status MpiTransport::FindNodes() {
+  int size = 0;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Comm_size(comm_, &size), "MPI_Comm_size"));
+  MPI_Comm node = MPI_COMM_NULL;
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node),
+              "MPI_Comm_split_type"));
+  int leader = rank_;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Bcast(&leader, 1, MPI_INT, 0, node), "MPI_Bcast"));
+  node_of_.resize(size);
+  left_.resize(size);
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Allgather(&leader, 1, MPI_INT, node_of_.data(), 1, MPI_INT, comm_), "MPI_Allgather"));
+  return FromMpi(MPI_Comm_free(&node), "MPI_Comm_free");
+}
+
+absl::Status MpiTransport::Send(RankId to, Phase phase, Message message) {
+  TERNION_CHECK(base::Index(to) != rank_);
+  TERNION_RETURN_IF_ERROR(ReclaimSent());
+  if (message.size_bytes > INT_MAX) {
+    return absl::InvalidArgumentError(absl::StrCat("message to rank ", base::Index(to), " has ",
+                                                   message.size_bytes,
+                                                   " bytes; MPI carries at most 2 GiB at once"));
+  }
+  Outgoing outgoing{MPI_REQUEST_NULL, std::move(message)};
+  TERNION_RETURN_IF_ERROR(base::Annotate(
+      FromMpi(
+          MPI_Isend(outgoing.message.memory.data(), static_cast<int>(outgoing.message.size_bytes),
+                    MPI_BYTE, base::Index(to), static_cast<int>(phase), comm_, &outgoing.request),
+          "MPI_Isend"),
+      absl::StrCat("sending to rank ", base::Index(to))));
+  outgoing_.push_back(std::move(outgoing));
+  return absl::OkStatus();
+}
+
+// Returns the buffers of finished sends to the pool.
+absl::Status MpiTransport::ReclaimSent() {
+  for (Outgoing& outgoing : outgoing_) {
+    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&outgoing.request));
+    if (done) Recycle(std::move(outgoing.message));
+  }
+  std::erase_if(outgoing_, [](const Outgoing& o) { return o.request == MPI_REQUEST_NULL; });
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const RankId> from, Phase phase) {
+  TERNION_CHECK(!from.empty() && std::find(from.begin(), from.end(), rank()) == from.end());
+  Backoff backoff;
+  while (true) {
+    for (RankId peer : from) {
+      if (!IsReceiving(peer, phase)) TERNION_RETURN_IF_ERROR(StartReceive(peer, phase));
+    }
+    for (auto incoming = incoming_.begin(); incoming != incoming_.end(); ++incoming) {
+      if (incoming->phase != phase) continue;
+      if (std::find(from.begin(), from.end(), incoming->from) == from.end()) continue;
+      TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming->request));
+      if (!done) continue;
+      Arrival arrival{incoming->from, std::move(incoming->message)};
+      incoming_.erase(incoming);
+      return arrival;
+    }
+    TERNION_RETURN_IF_ERROR(ReclaimSent());
+    if (backoff.Wait()) TERNION_RETURN_IF_ERROR(NoteLeavers(from));
+  }
+}
+
+bool MpiTransport::IsReceiving(RankId from, Phase phase) const {
+  return std::any_of(incoming_.begin(), incoming_.end(), [&](const Incoming& incoming) {
+    return incoming.from == from && incoming.phase == phase;
+  });
+}
+
+// Begins to receive `from`'s next message of `phase` if there is one.
+absl::Status MpiTransport::StartReceive(RankId from, Phase phase) {
+  const std::string who = absl::StrCat("receiving from rank ", base::Index(from));
+  int found = 0;
+  MPI_Message matched = MPI_MESSAGE_NULL;
+  MPI_Status status;
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Improbe(base::Index(from), static_cast<int>(phase), comm_, &found, &matched, &status),
+      who));
+  if (!found) {
+    if (!left_[base::Index(from)]) return absl::OkStatus();
+    return absl::UnavailableError(absl::StrCat("rank ", base::Index(from), " is gone: it left"));
+  }
+  int bytes = 0;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), who));
+  incoming_.push_back({from, phase, MPI_REQUEST_NULL, Acquire(bytes)});
+  Incoming& incoming = incoming_.back();
+  return FromMpi(
+      MPI_Imrecv(incoming.message.memory.data(), bytes, MPI_BYTE, &matched, &incoming.request),
+      who);
+}
+
+// What a peer sent before it left matches before its leave message does: who is noted here gets one
+// more look for messages (StartReceive) before it counts as gone.
+absl::Status MpiTransport::NoteLeavers(std::span<const RankId> ranks) {
+  for (RankId rank : ranks) {
+    int left = 0;
+    TERNION_RETURN_IF_ERROR(FromMpi(
+        MPI_Iprobe(base::Index(rank), kLeaveTag, comm_, &left, MPI_STATUS_IGNORE), "MPI_Iprobe"));
+    if (left) left_[base::Index(rank)] = true;
+  }
+  return absl::OkStatus();
+}
+
+MpiTransport::~MpiTransport() {
+  if (const absl::Status status = Leave(); !status.ok()) {
+    spdlog::error("leaving the MPI job: {}", std::string(status.message()));
+  }
+  MPI_Finalize();
+}
+
+// Tells all peers that nothing more comes, and takes in (and drops) what they still send until they
+// leave too: neither side is stuck with a message that the other never reads.
+absl::Status MpiTransport::Leave() {
+  for (Incoming& incoming : incoming_) {
+    TERNION_RETURN_IF_ERROR(
+        FromMpi(MPI_Wait(&incoming.request, MPI_STATUS_IGNORE), "MPI_Wait of a receive"));
+  }
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer == rank_) continue;
+    Outgoing leave;
+    TERNION_RETURN_IF_ERROR(FromMpi(
+        MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, &leave.request), "MPI_Isend"));
+    outgoing_.push_back(std::move(leave));
+  }
+  Backoff backoff;
+  for (int staying = size() - 1; staying > 0 || !outgoing_.empty(); backoff.Wait()) {
+    TERNION_RETURN_IF_ERROR(ReclaimSent());
+    TERNION_ASSIGN_OR_RETURN(const bool somebody_left, DropOneMessage());
+    if (somebody_left) --staying;
+  }
+  return FromMpi(MPI_Comm_free(&comm_), "MPI_Comm_free");
+}
+
+// Receives any message there is; true when it was a leave message.
+absl::StatusOr<bool> MpiTransport::DropOneMessage() {
+  int found = 0;
+  int bytes = 0;
+  MPI_Message matched = MPI_MESSAGE_NULL;
+  MPI_Status status;
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, &matched, &status), "MPI_Improbe"));
+  if (!found) return false;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
+  Message message = Acquire(bytes);
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Mrecv(message.memory.data(), bytes, MPI_BYTE, &matched, MPI_STATUS_IGNORE), "MPI_Mrecv"));
+  Recycle(std::move(message));
+  return status.MPI_TAG == kLeaveTag;
+}
+
+void MpiTransport::Abort(const absl::Status& status) {
+  spdlog::error("rank {} gives up: {}", rank_, std::string(status.message()));
+  std::fflush(nullptr);
+  MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+}  // namespace
+
+bool LaunchedByMpi() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"}) {
+    if (std::getenv(name) != nullptr) return true;
+  }
+  return false;
+}
+
+absl::StatusOr<std::unique_ptr<Transport>> MakeMpiTransport() { return MpiTransport::Create(); }
+
+}  // namespace ternion::comm

@@ -1,0 +1,38 @@
+#include "comm/transport.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace ternion::comm {
+namespace {
+
+constexpr size_t kSmallestBufferBytes = 4096;
+
+}  // namespace
+
+Message MessagePool::Acquire(size_t bytes) {
+  const size_t capacity = std::bit_ceil(std::max(bytes, kSmallestBufferBytes));
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<base::Buffer>& free = free_[std::countr_zero(capacity)];
+    if (!free.empty()) {
+      Message message{std::move(free.back()), bytes};
+      free.pop_back();
+      return message;
+    }
+  }
+  return Message{base::Buffer(capacity), bytes};
+}
+
+void MessagePool::Recycle(Message message) {
+  if (message.memory.size() == 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_[std::countr_zero(message.memory.size())].push_back(std::move(message.memory));
+}
+
+TrafficScope Transport::ScopeOf(RankId peer) const {
+  if (peer == rank()) return TrafficScope::kSelf;
+  return NodeOf(peer) == NodeOf(rank()) ? TrafficScope::kIntraNode : TrafficScope::kInterNode;
+}
+
+}  // namespace ternion::comm
