@@ -1,0 +1,257 @@
+#include "launcher/bench_kernels.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/file.h"
+#include "base/status.h"
+#include "kernels/cpu/limits.h"
+#include "kernels/kernels.h"
+#include "kernels/select.h"
+
+namespace ternion::launcher {
+namespace {
+
+using kernels::Executor;
+using kernels::QuantizedBuffer;
+using kernels::QuantizedRows;
+using kernels::TernaryGroup;
+using kernels::TernaryMatrix;
+
+constexpr int64_t kMaxWeightBytes = int64_t{2} << 30;
+constexpr double kSecondsPerCase = 0.4;
+constexpr int kMinRepetitions = 5;
+
+// One matmul: a dense matrix times `tokens` rows, or tokens sent to `top_k` of `num_experts` each.
+struct Case {
+  int64_t outputs;
+  int64_t inputs;
+  int64_t tokens;
+  int num_experts = 1;
+  int top_k = 1;
+
+  int64_t rows() const { return tokens * top_k; }
+};
+
+struct Limits {
+  double bytes_per_second = 0;
+  double macs_per_second = 0;
+};
+
+struct Result {
+  double macs_per_second = 0;
+  double bytes_per_second = 0;  // of weights
+};
+
+std::string CpuName() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  }
+  return "unknown CPU";
+}
+
+int64_t WeightBufferBytes() {
+  const int64_t free_bytes = sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  return std::min(kMaxWeightBytes, free_bytes / 4);
+}
+
+class Bench {
+ public:
+  Bench(const kernels::Kernels& table, int num_threads)
+      : table_(table),
+        threads_(num_threads, base::AllowedCpus()),
+        weights_(WeightBufferBytes()),
+        rng_(1) {
+    FillWithCodes();
+  }
+
+  const Limits& limits() const { return limits_; }
+  int num_threads() const { return threads_.num_threads(); }
+
+  // The best seen so far: call it between cases, so that limits and cases meet the same
+  // disturbances.
+  void MeasureLimits() {
+    const std::span<const uint8_t> memory(weights_.data(), weights_.size());
+    limits_.bytes_per_second =
+        std::max(limits_.bytes_per_second, kernels::ReadBandwidth(memory, threads_));
+    limits_.macs_per_second =
+        std::max(limits_.macs_per_second, kernels::DotPeak(table_.name, threads_));
+  }
+
+  Result Run(const Case& c);
+
+ private:
+  void FillWithCodes();
+  std::vector<int64_t> RowsPerExpert(const Case& c);
+  std::vector<TernaryGroup> NextGroups(const Case& c, float* y);
+
+  const kernels::Kernels& table_;
+  base::ThreadPool threads_;
+  base::Buffer weights_;
+  std::mt19937_64 rng_;
+  std::vector<int64_t> order_;  // in which the matrices of the buffer are used
+  size_t next_ = 0;
+  Limits limits_;
+};
+
+// Random codes; 3 becomes 1.
+void Bench::FillWithCodes() {
+  const int64_t words = static_cast<int64_t>(weights_.size()) / 8;
+  threads_.ParallelFor(words, 1, [&](int64_t begin, int64_t end, int) {
+    uint64_t* out = reinterpret_cast<uint64_t*>(weights_.data());
+    std::mt19937_64 rng(begin);
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t bits = rng();
+      out[i] = bits & ~(bits << 1 & 0xaaaaaaaaaaaaaaaa);
+    }
+  });
+}
+
+// Every token goes to top_k different experts, all equally likely.
+std::vector<int64_t> Bench::RowsPerExpert(const Case& c) {
+  std::vector<int64_t> rows(c.num_experts);
+  std::vector<int> experts(c.num_experts);
+  std::iota(experts.begin(), experts.end(), 0);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int i = 0; i < c.top_k; ++i) {
+      std::swap(experts[i], experts[i + rng_() % (experts.size() - i)]);
+      ++rows[experts[i]];
+    }
+  }
+  return rows;
+}
+
+// One group per expert that has rows; the weights are the ones not used for longest.
+std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
+  const int64_t bytes = kernels::TernaryBytes(c.outputs, c.inputs);
+  std::vector<TernaryGroup> groups;
+  int64_t row = 0;
+  for (int64_t count : RowsPerExpert(c)) {
+    if (count == 0) continue;
+    const uint8_t* codes = weights_.data() + order_[next_++ % order_.size()] * bytes;
+    groups.push_back(
+        {{codes, 1.0f, c.outputs, c.inputs}, row, count, y + row * c.outputs, c.outputs});
+    row += count;
+  }
+  return groups;
+}
+
+// Medians over repetitions, each with weights that are in no cache and routing of its own.
+Result Bench::Run(const Case& c) {
+  order_.resize(static_cast<int64_t>(weights_.size()) / kernels::TernaryBytes(c.outputs, c.inputs));
+  std::iota(order_.begin(), order_.end(), 0);
+  std::shuffle(order_.begin(), order_.end(), rng_);
+
+  QuantizedBuffer activations(c.rows(), c.inputs);
+  const QuantizedRows x = activations.rows(c.rows());
+  for (int64_t i = 0; i < x.num_rows * x.stride; ++i) x.codes[i] = static_cast<int8_t>(rng_());
+  base::Array<float> y(c.rows() * c.outputs);
+
+  Executor executor{.threads = &threads_};
+  std::vector<double> seconds, bytes;
+  double total = 0;
+  while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
+    const std::vector<TernaryGroup> groups = NextGroups(c, y.data());
+    const auto start = std::chrono::steady_clock::now();
+    table_.ternary_matmul({x, groups}, executor);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    seconds.push_back(took.count());
+    bytes.push_back(
+        static_cast<double>(groups.size() * kernels::TernaryBytes(c.outputs, c.inputs)) /
+        took.count());
+    total += took.count();
+  }
+  const auto median = [](std::vector<double>& v) {
+    std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
+    return v[v.size() / 2];
+  };
+  return {static_cast<double>(c.rows() * c.outputs * c.inputs) / median(seconds), median(bytes)};
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  for (int64_t rows : {1, 2, 4, 8, 16, 32, 128, 512}) cases.push_back({4096, 14336, rows});
+  for (int64_t tokens : {1, 4, 16, 32, 128, 512}) cases.push_back({768, 2048, tokens, 128, 8});
+  return cases;
+}
+
+std::string Name(const Case& c) {
+  std::string shape = absl::StrCat(c.outputs, " x ", c.inputs);
+  if (c.num_experts > 1) absl::StrAppend(&shape, ", top ", c.top_k, " of ", c.num_experts);
+  return shape;
+}
+
+// Percent of a limit, 0 where there is none.
+double Percent(double value, double limit) { return limit > 0 ? 100 * value / limit : 0; }
+
+void PrintResult(const Case& c, const Result& result, const Limits& limits) {
+  absl::PrintF("%-28s %6d %9.1f %9.1f %7.1f%% %7.1f%%\n", Name(c), c.tokens,
+               result.macs_per_second * 1e-9, result.bytes_per_second * 1e-9,
+               Percent(result.bytes_per_second, limits.bytes_per_second),
+               Percent(result.macs_per_second, limits.macs_per_second));
+}
+
+nlohmann::json ToJson(const Case& c, const Result& result, const Limits& limits) {
+  return {{"outputs", c.outputs},
+          {"inputs", c.inputs},
+          {"tokens", c.tokens},
+          {"experts", c.num_experts},
+          {"top_k", c.top_k},
+          {"gmac_per_s", result.macs_per_second * 1e-9},
+          {"weight_gb_per_s", result.bytes_per_second * 1e-9},
+          {"percent_of_read_bandwidth", Percent(result.bytes_per_second, limits.bytes_per_second)},
+          {"percent_of_dot_peak", Percent(result.macs_per_second, limits.macs_per_second)}};
+}
+
+}  // namespace
+
+absl::Status BenchKernels(const BenchKernelsOptions& options) {
+  const kernels::Kernels* table = kernels::SelectCpuKernels(options.isa);
+  if (table == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("this machine cannot run the instruction set '", options.isa, "'"));
+  }
+  const int all_cpus = static_cast<int>(base::AllowedCpus().size());
+  Bench bench(*table, options.num_threads > 0 ? options.num_threads : std::max(all_cpus, 1));
+  absl::PrintF("%s, %s, %d threads\n", CpuName(), table->name, bench.num_threads());
+
+  std::vector<Case> cases = Cases();
+  std::vector<Result> results;
+  for (const Case& c : cases) {
+    bench.MeasureLimits();
+    results.push_back(bench.Run(c));
+  }
+  bench.MeasureLimits();
+
+  const Limits& limits = bench.limits();
+  absl::PrintF("limits: read %.1f GB/s, 8-bit dot products %.1f GMAC/s\n",
+               limits.bytes_per_second * 1e-9, limits.macs_per_second * 1e-9);
+  absl::PrintF("%-28s %6s %9s %9s %8s %8s\n", "ternary matmul", "tokens", "GMAC/s", "GB/s",
+               "of read", "of dot");
+  nlohmann::json lines = nlohmann::json::array();
+  for (size_t i = 0; i < cases.size(); ++i) {
+    PrintResult(cases[i], results[i], limits);
+    lines.push_back(ToJson(cases[i], results[i], limits));
+  }
+  if (options.json_path.empty()) return absl::OkStatus();
+  const nlohmann::json report = {{"cpu", CpuName()},
+                                 {"isa", table->name},
+                                 {"threads", bench.num_threads()},
+                                 {"read_gb_per_s", limits.bytes_per_second * 1e-9},
+                                 {"dot_gmac_per_s", limits.macs_per_second * 1e-9},
+                                 {"ternary_matmul", lines}};
+  return base::WriteFileAtomically(options.json_path, report.dump(2) + "\n");
+}
+
+}  // namespace ternion::launcher
