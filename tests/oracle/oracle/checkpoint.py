@@ -56,6 +56,7 @@ class Checkpoint:
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         self._tensors: dict[str, Tensor] = {}
+        self._linears: dict[str, TernaryWeight] = {}
         for file in files:
             self._tensors |= load_file(model_dir / file)
 
@@ -63,7 +64,12 @@ class Checkpoint:
         return self._tensors[name].float()
 
     def linear(self, name: str, out: int) -> TernaryWeight:
-        """The ternary linear `name` with `out` output rows."""
+        """The ternary linear `name` with `out` output rows; decoded once."""
+        if name not in self._linears:
+            self._linears[name] = self._decode(name, out)
+        return self._linears[name]
+
+    def _decode(self, name: str, out: int) -> TernaryWeight:
         weight = self._tensors[f"{name}.weight"]
         if weight.dtype != torch.uint8:
             codes, g = ternarize(weight.float())
