@@ -1,13 +1,19 @@
 // Sixteen floats and the operations the float ops are written in, once per instruction set.
 //
-// Which set is decided by the including file's -m flags. The three versions do the same IEEE operations
-// in the same order, so that every result is the same bit for bit: no fused multiply-add, no approximate
-// reciprocal, and where an instruction's behaviour on NaN shows, the scalar version spells it out.
+// Which set is decided by the including file's -m flags. The three versions do the same IEEE
+// operations in the same order, so that every result is the same bit for bit: no fused
+// multiply-add, no approximate reciprocal, and where an instruction's behaviour on NaN shows, the
+// scalar version spells it out.
 //
 // Everything has internal linkage: see kernels/cpu/variants.h.
 #pragma once
 
+// GCC 12 takes the deliberately undefined operands inside its intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <cstring>
@@ -44,13 +50,12 @@ inline __mmask16 FirstMask(int64_t n) { return static_cast<__mmask16>((1u << n) 
 
 inline F32x16 Set1(float x) { return {_mm512_set1_ps(x)}; }
 inline F32x16 Load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline F32x16 LoadN(const float* p, int64_t n) {
-  return {_mm512_maskz_loadu_ps(FirstMask(n), p)};
-}
-// Moves each bf16 into the upper half of its float: one permute, where widening and shifting are two.
+inline F32x16 LoadN(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(FirstMask(n), p)}; }
+// Moves each bf16 into the upper half of its float: one permute, where widening and shifting are
+// two.
 inline F32x16 WidenBf16(__m256i x) {
-  const __m512i source = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6,
-                                          0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i source = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7,
+                                          0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
   return {_mm512_castsi512_ps(
       _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, source, _mm512_castsi256_si512(x)))};
 }
@@ -129,10 +134,8 @@ inline void StoreN(F32x16 a, float* p, int64_t n) {
 inline void StoreI8(F32x16 a, int8_t* p) {
   const __m256i lo = _mm256_cvtps_epi32(a.lo);
   const __m256i hi = _mm256_cvtps_epi32(a.hi);
-  const __m128i lo16 =
-      _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
-  const __m128i hi16 =
-      _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+  const __m128i lo16 = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+  const __m128i hi16 = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo16, hi16));
 }
 
@@ -295,14 +298,16 @@ inline F32x16 Zero() { return Set1(0.0f); }
 // The square root of one float, correctly rounded (SSE2 is part of x86-64).
 inline float Sqrt(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
-// 1.5 * 2^23: a float near it has no fraction bits, so adding it rounds to an integer, half to even.
+// 1.5 * 2^23: a float near it has no fraction bits, so adding it rounds to an integer, half to
+// even.
 constexpr float kRoundMagic = 12582912.0f;
 
 // |a| <= 2^22.
 inline F32x16 Round(const F32x16& a) { return (a + Set1(kRoundMagic)) - Set1(kRoundMagic); }
 
-// e^x within about 1.5 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln(2) / 2.
-// 0 below -87.33, where floats begin to lose bits (so for -inf); 2.4e38 above 88.37; NaN stays NaN.
+// e^x within about 1.5 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln(2)
+// / 2. 0 below -87.33, where floats begin to lose bits (so for -inf); 2.4e38 above 88.37; NaN stays
+// NaN.
 inline F32x16 Exp(const F32x16& x) {
   constexpr float kLowest = -87.33f;
   const F32x16 clamped = Max(Set1(kLowest), Min(Set1(88.37f), x));

@@ -1,0 +1,29 @@
+// The float ops of one CPU variant. Included once by each float_ops_<variant>.cc, which is compiled
+// with the variant's -m flags and names the table.
+#pragma once
+
+#include "kernels/cpu/float_ops_attention.inc.h"
+#include "kernels/cpu/float_ops_dense.inc.h"
+#include "kernels/cpu/float_ops_gate.inc.h"
+#include "kernels/cpu/float_ops_rows.inc.h"
+#include "kernels/kernels.h"
+
+namespace ternion::kernels {
+namespace {
+
+constexpr Kernels kThisVariant = {
+    .rms_norm = RmsNorm,
+    .quantize = Quantize,
+    .dense_matmul = DenseMatmul,
+    .embed = Embed,
+    .glu = Glu,
+    .rope = Rope,
+    .kv_store = KvStore,
+    .attention = Attention,
+    .gate_top_k = GateTopK,
+    .gather_rows = GatherRows,
+    .weighted_sum = WeightedSum,
+};
+
+}  // namespace
+}  // namespace ternion::kernels

@@ -1,0 +1,26 @@
+// What the float ops share: walking a row in vectors, and how much work is worth a second thread.
+#pragma once
+
+#include "kernels/cpu/simd.h"
+#include "kernels/kernels.h"
+
+namespace ternion::kernels {
+namespace {
+
+// f(begin, count) for each 16 of n elements in ascending order; the last count may be smaller.
+template <typename F>
+inline void ForEachVector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, int64_t{kLanes});
+  if (i < n) f(i, n - i);
+}
+
+// For ThreadPool::ParallelFor over units that cost `work` multiplications or loads each: a thread
+// must get some 10 us of them, or waking it costs more than it saves.
+inline int64_t MinUnits(int64_t work) {
+  constexpr int64_t kMinWork = 32 * 1024;
+  return kMinWork / (work + 1) + 1;
+}
+
+}  // namespace
+}  // namespace ternion::kernels

@@ -1,0 +1,221 @@
+// Ops that walk rows once: norms, quantization, activations, copies.
+#pragma once
+
+#include "kernels/cpu/float_ops_common.inc.h"
+
+namespace ternion::kernels {
+namespace {
+
+// body(row) for every row, split over threads; a row costs about `work` element operations.
+template <typename F>
+inline void ForEachRow(int64_t num_rows, int64_t work, Executor& executor, F body) {
+  executor.threads->ParallelFor(num_rows, MinUnits(work), [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) body(row);
+  });
+}
+
+inline float InverseRms(const float* x, int64_t dim, float eps) {
+  F32x16 squares = Zero();
+  ForEachVector(dim, [&](int64_t i, int64_t n) {
+    const F32x16 v = LoadN(x + i, n);
+    squares = squares + v * v;
+  });
+  return 1.0f / Sqrt(Sum(squares) / static_cast<float>(dim) + eps);
+}
+
+void RmsNorm(const RmsNormArgs& args, Executor& executor) {
+  ForEachRow(args.num_rows, args.dim, executor, [&](int64_t row) {
+    const float* x = args.x + row * args.x_stride;
+    float* out = args.out + row * args.out_stride;
+    const F32x16 scale = Set1(InverseRms(x, args.dim, args.eps));
+    ForEachVector(args.dim, [&](int64_t i, int64_t n) {
+      StoreN(LoadN(x + i, n) * scale * LoadN(args.weight + i, n), out + i, n);
+    });
+  });
+}
+
+// A row as it is or normalized, computed anew by each pass: cheaper than storing it between passes.
+struct RowValues {
+  const float* x;
+  const float* weight;  // null: as it is
+  F32x16 inverse_rms;
+
+  F32x16 operator()(int64_t i, int64_t n) const {
+    const F32x16 v = LoadN(x + i, n);
+    return weight == nullptr ? v : v * inverse_rms * LoadN(weight + i, n);
+  }
+};
+
+// Writes codes code_of(value) and their sum. Pads are zeroed; float sums of codes are exact.
+template <typename F>
+inline void StoreCodes(const RowValues& values, const QuantizedRows& out, int64_t row,
+                       float* normed, F code_of) {
+  static_assert(kMaxColumns * 128 <= 1 << 24);
+  int8_t* codes = out.codes + row * out.stride;
+  F32x16 sum = Zero();
+  ForEachVector(out.dim, [&](int64_t i, int64_t n) {
+    const F32x16 value = values(i, n);
+    const F32x16 code = FirstN(code_of(value), n, Zero());
+    sum = sum + code;
+    StoreI8(code, codes + i);
+    if (normed != nullptr) StoreN(value, normed + i, n);
+  });
+  const int64_t written = base::RoundUp(out.dim, kLanes);
+  std::memset(codes + written, 0, static_cast<size_t>(out.stride - written));
+  out.sums[row] = static_cast<int32_t>(Sum(sum));
+}
+
+// NaN becomes `low`: a row that holds one is lost, but its codes are in range.
+inline F32x16 RoundWithin(const F32x16& x, float low, float high) {
+  return Round(Min(Max(x, Set1(low)), Set1(high)));
+}
+
+inline void QuantizeRow8(const RowValues& values, const QuantizedRows& out, int64_t row,
+                         float* normed) {
+  F32x16 largest = Set1(1e-5f);
+  ForEachVector(out.dim, [&](int64_t i, int64_t n) { largest = Max(Abs(values(i, n)), largest); });
+  const float absmax = MaxLane(largest);
+  const F32x16 scale = Set1(127.0f / absmax);
+  out.scales[row] = absmax / 127.0f;
+  StoreCodes(values, out, row, normed,
+             [&](const F32x16& v) { return RoundWithin(v * scale, -128.0f, 127.0f); });
+}
+
+inline void QuantizeRow4(const RowValues& values, const QuantizedRows& out, int64_t row,
+                         float* normed) {
+  constexpr float kSqrt7 = 2.6457513f;
+  F32x16 sum = Zero();
+  ForEachVector(out.dim, [&](int64_t i, int64_t n) { sum = sum + Abs(values(i, n)); });
+  const float mean = Sum(sum) / static_cast<float>(out.dim);
+  const F32x16 divisor = Set1(mean + 1e-5f);
+  out.scales[row] = mean / kSqrt7;
+  StoreCodes(values, out, row, normed,
+             [&](const F32x16& v) { return RoundWithin(Set1(kSqrt7) * v / divisor, -8.0f, 7.0f); });
+}
+
+void Quantize(const QuantizeArgs& args, Executor& executor) {
+  const int64_t dim = args.out.dim;
+  ForEachRow(args.out.num_rows, 2 * dim, executor, [&](int64_t row) {
+    RowValues values = {args.x + row * args.x_stride, args.weight, Zero()};
+    if (args.weight != nullptr) values.inverse_rms = Set1(InverseRms(values.x, dim, args.eps));
+    float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;
+    if (args.bits == 4) {
+      QuantizeRow4(values, args.out, row, normed);
+    } else {
+      QuantizeRow8(values, args.out, row, normed);
+    }
+  });
+}
+
+void GatherRows(const GatherRowsArgs& args, Executor& executor) {
+  const QuantizedRows& out = args.out;
+  ForEachRow(out.num_rows, out.dim / 4, executor, [&](int64_t row) {
+    int8_t* codes = out.codes + row * out.stride;
+    std::memcpy(codes, args.rows[row], static_cast<size_t>(out.dim));
+    std::memset(codes + out.dim, 0, static_cast<size_t>(out.stride - out.dim));
+    int32_t sum = 0;
+    for (int64_t i = 0; i < out.dim; ++i) sum += codes[i];
+    out.sums[row] = sum;
+    out.scales[row] = args.scales[row];
+  });
+}
+
+void WeightedSum(const WeightedSumArgs& args, Executor& executor) {
+  const int64_t terms = args.num_rows == 0 ? 0 : args.begin[args.num_rows] / args.num_rows;
+  ForEachRow(args.num_rows, args.dim * (terms + 1), executor, [&](int64_t row) {
+    float* out = args.out + row * args.dim;
+    ForEachVector(args.dim, [&](int64_t i, int64_t n) {
+      F32x16 sum = args.accumulate ? LoadN(out + i, n) : Zero();
+      for (int32_t j = args.begin[row]; j < args.begin[row + 1]; ++j) {
+        const F32x16 term = LoadN(args.terms[j] + i, n);
+        sum = sum + (args.weights == nullptr ? term : Set1(args.weights[j]) * term);
+      }
+      StoreN(sum, out + i, n);
+    });
+  });
+}
+
+void Embed(const EmbedArgs& args, Executor& executor) {
+  const int64_t dim = args.table.columns;
+  ForEachRow(args.num_rows, dim, executor, [&](int64_t row) {
+    const int64_t first = args.ids[row] * dim;
+    float* out = args.out + row * dim;
+    if (args.table.type == DenseType::kBf16) {
+      const uint16_t* in = static_cast<const uint16_t*>(args.table.data) + first;
+      ForEachVector(dim, [&](int64_t i, int64_t n) { StoreN(LoadBf16N(in + i, n), out + i, n); });
+    } else {
+      const float* in = static_cast<const float*>(args.table.data) + first;
+      std::memcpy(out, in, static_cast<size_t>(dim) * sizeof(float));
+    }
+  });
+}
+
+// NaN passes through both, so that a broken row shows.
+inline F32x16 Relu2(const F32x16& x) {
+  const F32x16 positive = Max(Zero(), x);
+  return positive * positive;
+}
+inline F32x16 Silu(const F32x16& x) { return x / (Set1(1.0f) + Exp(Zero() - x)); }
+
+void Glu(const GluArgs& args, Executor& executor) {
+  ForEachRow(args.num_rows, 4 * args.dim, executor, [&](int64_t row) {
+    const float* gate = args.gate + row * args.stride;
+    const float* up = args.up + row * args.stride;
+    float* out = args.out + row * args.stride;
+    if (args.activation == Activation::kSilu) {
+      ForEachVector(args.dim, [&](int64_t i, int64_t n) {
+        StoreN(Silu(LoadN(gate + i, n)) * LoadN(up + i, n), out + i, n);
+      });
+    } else {
+      ForEachVector(args.dim, [&](int64_t i, int64_t n) {
+        StoreN(Relu2(LoadN(gate + i, n)) * LoadN(up + i, n), out + i, n);
+      });
+    }
+  });
+}
+
+void Rope(const RopeArgs& args, Executor& executor) {
+  const int64_t half = args.head_dim / 2;
+  ForEachRow(args.num_rows, int64_t{args.heads} * args.head_dim, executor, [&](int64_t row) {
+    const float* cosines = args.cos_table + args.positions[row] * half;
+    const float* sines = args.sin_table + args.positions[row] * half;
+    for (int head = 0; head < args.heads; ++head) {
+      float* x = args.x + row * args.stride + int64_t{head} * args.head_dim;
+      ForEachVector(half, [&](int64_t i, int64_t n) {
+        const F32x16 a = LoadN(x + i, n);
+        const F32x16 b = LoadN(x + half + i, n);
+        const F32x16 cosine = LoadN(cosines + i, n);
+        const F32x16 sine = LoadN(sines + i, n);
+        StoreN(a * cosine - b * sine, x + i, n);
+        StoreN(b * cosine + a * sine, x + half + i, n);
+      });
+    }
+  });
+}
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t ToBf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void KvStore(const KvStoreArgs& args, Executor& executor) {
+  const int64_t columns = int64_t{args.kv_heads} * args.head_dim;
+  ForEachRow(args.num_rows, 4 * columns, executor, [&](int64_t row) {
+    const int32_t position = args.positions[row];
+    const KvPage& page = args.pages[row][position / kPageTokens];
+    const int64_t slot = position % kPageTokens;
+    const float* k = args.k + row * args.stride;
+    const float* v = args.v + row * args.stride;
+    for (int64_t c = 0; c < columns; ++c) page.keys[c * kPageTokens + slot] = ToBf16(k[c]);
+    for (int64_t head = 0; head < args.kv_heads; ++head) {
+      uint16_t* values = page.values + (head * kPageTokens + slot) * args.head_dim;
+      for (int d = 0; d < args.head_dim; ++d) values[d] = ToBf16(v[head * args.head_dim + d]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ternion::kernels
