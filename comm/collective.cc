@@ -10,19 +10,14 @@ namespace {
 
 constexpr RankId kRoot{0};
 
-// Which collective a control message belongs to, so that ranks that lost step find out.
-enum class Collective : uint32_t { kBroadcast = 1, kGather = 2 };
-
-MessageHeader HeaderOf(Collective collective) {
+MessageHeader ControlHeader() {
   MessageHeader header;
   header.phase = Phase::kControl;
-  header.layer = static_cast<uint32_t>(collective);
   return header;
 }
 
-absl::Status SendBytes(Transport& transport, RankId to, Collective collective,
-                       const std::string& bytes) {
-  MessageHeader header = HeaderOf(collective);
+absl::Status SendBytes(Transport& transport, RankId to, const std::string& bytes) {
+  MessageHeader header = ControlHeader();
   header.payload_bytes = bytes.size();
   Message message = transport.Acquire(sizeof(header) + bytes.size());
   std::memcpy(message.bytes().data() + sizeof(header), bytes.data(), bytes.size());
@@ -35,11 +30,10 @@ absl::Status SendBytes(Transport& transport, RankId to, Collective collective,
 }
 
 // The bytes that the arrival carries; its buffer goes back to the pool.
-absl::StatusOr<std::string> OpenArrival(Transport& transport, Collective collective,
-                                        Arrival arrival) {
+absl::StatusOr<std::string> OpenArrival(Transport& transport, Arrival arrival) {
   const std::span<const uint8_t> message = arrival.message.bytes();
   TERNION_ASSIGN_OR_RETURN(const MessageHeader header,
-                           CheckHeader(message, HeaderOf(collective), arrival.from));
+                           CheckHeader(message, ControlHeader(), arrival.from));
   const std::span<const uint8_t> payload = message.subspan(sizeof(header));
   if (header.payload_bytes != payload.size()) {
     return absl::InvalidArgumentError(
@@ -79,17 +73,17 @@ absl::Status DecodeStatus(const std::string& bytes) {
 absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& bytes) {
   if (transport.rank() != kRoot) {
     TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive({&kRoot, 1}, Phase::kControl));
-    return OpenArrival(transport, Collective::kBroadcast, std::move(arrival));
+    return OpenArrival(transport, std::move(arrival));
   }
   for (RankId to : OtherRanks(transport)) {
-    TERNION_RETURN_IF_ERROR(SendBytes(transport, to, Collective::kBroadcast, bytes));
+    TERNION_RETURN_IF_ERROR(SendBytes(transport, to, bytes));
   }
   return bytes;
 }
 
 absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std::string& bytes) {
   if (transport.rank() != kRoot) {
-    TERNION_RETURN_IF_ERROR(SendBytes(transport, kRoot, Collective::kGather, bytes));
+    TERNION_RETURN_IF_ERROR(SendBytes(transport, kRoot, bytes));
     return std::vector<std::string>();
   }
   std::vector<std::string> gathered(transport.size());
@@ -100,7 +94,7 @@ absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std:
     const RankId from = arrival.from;
     std::erase(waiting, from);
     TERNION_ASSIGN_OR_RETURN(gathered[base::Index(from)],
-                             OpenArrival(transport, Collective::kGather, std::move(arrival)));
+                             OpenArrival(transport, std::move(arrival)));
   }
   return gathered;
 }

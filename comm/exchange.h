@@ -41,17 +41,15 @@ struct DispatchPlan {
     int32_t first_route = 0;  // into routes; num_routes of them, ascending expert id
     int32_t num_routes = 0;
   };
-  std::vector<int32_t>
-      rank_begin;         // [size + 1] rows of destination rank r: rank_begin[r] .. rank_begin[r+1]
-  std::vector<Row> rows;  // grouped by destination rank, ascending source inside
+  std::vector<int32_t> rank_begin;  // [size + 1] rows of rank r: rank_begin[r] .. rank_begin[r + 1]
+  std::vector<Row> rows;            // grouped by destination rank, ascending source inside
   std::vector<Route> routes;
 };
 
 // A row that this rank's experts work on. Rows are ordered by source rank (this rank in its place),
 // then as dispatched.
 struct ReceivedRow {
-  const int8_t* codes =
-      nullptr;  // [hidden], unpadded, any alignment; valid until CombineRecv returns
+  const int8_t* codes = nullptr;  // [hidden], unpadded, any alignment, until CombineRecv returns
   float scale = 0;
   int32_t first_route = 0;
   int32_t num_routes = 0;

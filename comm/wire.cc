@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <string>
 
 #include "base/checked.h"
 #include "base/status.h"
@@ -43,43 +44,48 @@ uint32_t MessageCrc(MessageHeader header, std::span<const uint8_t> message) {
   return ~ExtendCrc(ExtendCrc(~0u, {start, sizeof(header)}), message.subspan(sizeof(header)));
 }
 
-std::string Where(Phase phase, RankId from) {
-  return absl::StrCat(kPhaseNames[static_cast<int>(phase)], " message from rank ",
-                      base::Index(from), ": ");
-}
+// Whose message is being read. Texts are made only when there is something to say.
+struct Origin {
+  Phase phase;
+  RankId from;
 
-absl::Status CheckField(absl::string_view where, absl::string_view field, uint64_t value,
+  std::string Name() const {
+    return absl::StrCat(kPhaseNames[static_cast<int>(phase)], " message from rank ",
+                        base::Index(from));
+  }
+};
+
+absl::Status CheckField(const Origin& origin, const char* field, uint64_t value,
                         uint64_t expected) {
   if (value == expected) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(where, field, " is ", value, ", expected ", expected));
+      absl::StrCat(origin.Name(), ": ", field, " is ", value, ", expected ", expected));
 }
 
-absl::Status CheckRange(absl::string_view where, absl::string_view field, uint64_t value,
-                        uint64_t least, uint64_t most) {
+absl::Status CheckRange(const Origin& origin, const char* field, uint64_t value, uint64_t least,
+                        uint64_t most) {
   if (least <= value && value <= most) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(where, field, " is ", value, ", expected ", least, " to ", most));
+      absl::StrCat(origin.Name(), ": ", field, " is ", value, ", expected ", least, " to ", most));
 }
 
 // Route counts and expert ids of every row.
-absl::Status CheckRoutes(const DispatchView& view, const ExchangeOptions& options, RankId from) {
-  const std::string where = Where(Phase::kDispatch, from);
+absl::Status CheckRoutes(const Origin& origin, const DispatchView& view,
+                         const ExchangeOptions& options) {
   int64_t route = 0;
   for (int64_t row = 0; row < view.num_rows(); ++row) {
     const int64_t count = view.num_routes_of(row);
     const int64_t most = std::min<int64_t>(options.top_k, view.num_routes() - route);
-    TERNION_RETURN_IF_ERROR(
-        CheckRange(where, absl::StrCat("route count of row ", row), count, 1, most));
+    TERNION_RETURN_IF_ERROR(CheckRange(origin, "route count of a row", count, 1, most));
     int64_t least_id = 0;
     for (const int64_t end = route + count; route < end; ++route) {
       const int64_t id = base::Index(view.route(route).expert);
-      TERNION_RETURN_IF_ERROR(CheckRange(where, absl::StrCat("expert id in row ", row), id,
-                                         least_id, options.num_experts - 1));
+      TERNION_RETURN_IF_ERROR(
+          CheckRange(origin, "expert id", id, least_id, options.num_experts - 1));
       least_id = id + 1;
     }
   }
-  return CheckField(where, "sum of route counts", route, view.num_routes());
+  return CheckField(origin, "sum of route counts", route, view.num_routes());
 }
 
 }  // namespace
@@ -91,25 +97,23 @@ void SealMessage(MessageHeader header, std::span<uint8_t> message) {
 
 absl::StatusOr<MessageHeader> CheckHeader(std::span<const uint8_t> message,
                                           const MessageHeader& expected, RankId from) {
-  const std::string where = Where(expected.phase, from);
-  if (message.size() < sizeof(MessageHeader)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "size is ", message.size(), " bytes, less than a header"));
-  }
+  const Origin origin{expected.phase, from};
+  TERNION_RETURN_IF_ERROR(
+      CheckRange(origin, "size", message.size(), sizeof(MessageHeader), SIZE_MAX));
   const auto header = Load<MessageHeader>(message.data());
-  TERNION_RETURN_IF_ERROR(CheckField(where, "magic", header.magic, expected.magic));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "version", header.version, expected.version));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "magic", header.magic, expected.magic));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "version", header.version, expected.version));
   if (header.crc32c != MessageCrc(header, message)) {
     return absl::DataLossError(
-        absl::StrCat(where, "checksum does not match its ", message.size(), " bytes"));
+        absl::StrCat(origin.Name(), ": checksum does not match its ", message.size(), " bytes"));
   }
-  TERNION_RETURN_IF_ERROR(CheckField(where, "phase", static_cast<uint64_t>(header.phase),
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "phase", static_cast<uint64_t>(header.phase),
                                      static_cast<uint64_t>(expected.phase)));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "row format", static_cast<uint64_t>(header.format),
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "row format", static_cast<uint64_t>(header.format),
                                      static_cast<uint64_t>(expected.format)));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "step", header.step, expected.step));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "layer", header.layer, expected.layer));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "hidden", header.hidden, expected.hidden));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "step", header.step, expected.step));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "layer", header.layer, expected.layer));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "hidden", header.hidden, expected.hidden));
   return header;
 }
 
@@ -170,30 +174,30 @@ absl::StatusOr<DispatchView> ReadDispatch(std::span<const uint8_t> message,
                                           const MessageHeader& expected,
                                           const ExchangeOptions& options, RankId from) {
   TERNION_ASSIGN_OR_RETURN(const MessageHeader header, CheckHeader(message, expected, from));
-  const std::string where = Where(Phase::kDispatch, from);
-  TERNION_RETURN_IF_ERROR(CheckRange(where, "rows", header.rows, 0, options.max_rows));
-  TERNION_RETURN_IF_ERROR(CheckRange(where, "routes", header.routes, header.rows,
+  const Origin origin{Phase::kDispatch, from};
+  TERNION_RETURN_IF_ERROR(CheckRange(origin, "rows", header.rows, 0, options.max_rows));
+  TERNION_RETURN_IF_ERROR(CheckRange(origin, "routes", header.routes, header.rows,
                                      uint64_t{header.rows} * options.top_k));
   // rows and routes are below 2^32 and hidden is ours (ValidateExchangeOptions), so that no product
   // in the layout overflows.
   const DispatchLayout layout(header.format, header.hidden, header.rows, header.routes);
   TERNION_RETURN_IF_ERROR(
-      CheckField(where, "payload bytes", header.payload_bytes, layout.payload_bytes));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "size", message.size(), layout.message_bytes));
+      CheckField(origin, "payload bytes", header.payload_bytes, layout.payload_bytes));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "size", message.size(), layout.message_bytes));
   const DispatchView view(message.data(), layout, header);
-  TERNION_RETURN_IF_ERROR(CheckRoutes(view, options, from));
+  TERNION_RETURN_IF_ERROR(CheckRoutes(origin, view, options));
   return view;
 }
 
 absl::Status CheckCombine(std::span<const uint8_t> message, const MessageHeader& expected,
                           RankId from) {
   TERNION_ASSIGN_OR_RETURN(const MessageHeader header, CheckHeader(message, expected, from));
-  const std::string where = Where(Phase::kCombine, from);
-  TERNION_RETURN_IF_ERROR(CheckField(where, "rows", header.rows, expected.rows));
-  TERNION_RETURN_IF_ERROR(CheckField(where, "routes", header.routes, expected.routes));
+  const Origin origin{Phase::kCombine, from};
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "rows", header.rows, expected.rows));
+  TERNION_RETURN_IF_ERROR(CheckField(origin, "routes", header.routes, expected.routes));
   TERNION_RETURN_IF_ERROR(
-      CheckField(where, "payload bytes", header.payload_bytes, expected.payload_bytes));
-  return CheckField(where, "size", message.size(), sizeof(header) + expected.payload_bytes);
+      CheckField(origin, "payload bytes", header.payload_bytes, expected.payload_bytes));
+  return CheckField(origin, "size", message.size(), sizeof(header) + expected.payload_bytes);
 }
 
 }  // namespace ternion::comm

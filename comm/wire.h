@@ -34,10 +34,10 @@ struct MessageHeader {
   uint32_t magic = kWireMagic;
   uint16_t version = kWireVersion;
   Phase phase{};
-  RowFormat format{};  // of codes; 0 in control messages
+  RowFormat format{};  // of codes
   uint32_t step = 0;
-  uint32_t layer = 0;   // control: which collective
-  uint32_t hidden = 0;  // elements of a row; 0 in control messages
+  uint32_t layer = 0;
+  uint32_t hidden = 0;  // elements of a row
   uint32_t rows = 0;
   uint32_t routes = 0;  // dispatch, exact combine: all rows' routes; else 0
   uint32_t crc32c = 0;  // Castagnoli, over the whole message with this field 0

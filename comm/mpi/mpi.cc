@@ -24,12 +24,14 @@ using Clock = std::chrono::steady_clock;
 // The tag of a message is its phase; this one says that the sender has left and sends nothing more.
 constexpr int kLeaveTag = kNumPhases;
 
-absl::Status FromMpi(int code, absl::string_view call) {
+// `call`: the MPI function that returned `code`; `peer`: whom it concerned, or -1.
+absl::Status FromMpi(int code, const char* call, int peer = -1) {
   if (code == MPI_SUCCESS) return absl::OkStatus();
   char text[MPI_MAX_ERROR_STRING] = "unknown error";
   int length = 0;
   MPI_Error_string(code, text, &length);
-  return absl::UnavailableError(absl::StrCat(call, ": ", text));
+  const std::string whom = peer < 0 ? "" : absl::StrCat(" (rank ", peer, ")");
+  return absl::UnavailableError(absl::StrCat(call, whom, ": ", text));
 }
 
 // Spends the time between two polls: first not at all, then by letting others run, then asleep, so
@@ -203,24 +205,24 @@ bool MpiTransport::IsReceiving(RankId from, Phase phase) const {
 
 // Begins to receive `from`'s next message of `phase` if there is one.
 absl::Status MpiTransport::StartReceive(RankId from, Phase phase) {
-  const std::string who = absl::StrCat("receiving from rank ", base::Index(from));
+  const int source = base::Index(from);
   int found = 0;
   MPI_Message matched = MPI_MESSAGE_NULL;
   MPI_Status status;
-  TERNION_RETURN_IF_ERROR(FromMpi(
-      MPI_Improbe(base::Index(from), static_cast<int>(phase), comm_, &found, &matched, &status),
-      who));
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Improbe(source, static_cast<int>(phase), comm_, &found, &matched, &status),
+              "MPI_Improbe", source));
   if (!found) {
-    if (!left_[base::Index(from)]) return absl::OkStatus();
-    return absl::UnavailableError(absl::StrCat("rank ", base::Index(from), " is gone: it left"));
+    if (!left_[source]) return absl::OkStatus();
+    return absl::UnavailableError(absl::StrCat("rank ", source, " is gone: it left"));
   }
   int bytes = 0;
-  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), who));
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
   incoming_.push_back({from, phase, MPI_REQUEST_NULL, Acquire(bytes)});
   Incoming& incoming = incoming_.back();
   return FromMpi(
       MPI_Imrecv(incoming.message.memory.data(), bytes, MPI_BYTE, &matched, &incoming.request),
-      who);
+      "MPI_Imrecv", source);
 }
 
 // What a peer sent before it left matches before its leave message does: who is noted here gets one
@@ -245,6 +247,7 @@ MpiTransport::~MpiTransport() {
 // Tells all peers that nothing more comes, and takes in (and drops) what they still send until they
 // leave too: neither side is stuck with a message that the other never reads.
 absl::Status MpiTransport::Leave() {
+  if (comm_ == MPI_COMM_NULL) return absl::OkStatus();
   for (Incoming& incoming : incoming_) {
     TERNION_RETURN_IF_ERROR(
         FromMpi(MPI_Wait(&incoming.request, MPI_STATUS_IGNORE), "MPI_Wait of a receive"));
