@@ -1,7 +1,9 @@
 #include "comm/collective.h"
 
+#include <algorithm>
 #include <cstring>
 
+#include "absl/strings/cord.h"
 #include "base/status.h"
 #include "comm/wire.h"
 
@@ -9,6 +11,9 @@ namespace ternion::comm {
 namespace {
 
 constexpr RankId kRoot{0};
+
+// Marks an error that every rank has.
+constexpr char kAgreedPayload[] = "ternion/agreed";
 
 MessageHeader ControlHeader() {
   MessageHeader header;
@@ -106,10 +111,20 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
   for (size_t rank = statuses.size(); rank-- > 0;) {
     const absl::Status of_rank = DecodeStatus(statuses[rank]);
     if (of_rank.ok()) continue;
-    outcome = EncodeStatus(base::Annotate(of_rank, absl::StrCat("rank ", rank)));
+    // Which rank it is matters only where ranks differ.
+    const bool alike = std::count(statuses.begin(), statuses.end(), statuses[rank]) ==
+                       static_cast<int64_t>(statuses.size());
+    outcome = EncodeStatus(
+        alike ? of_rank : base::Annotate(of_rank, absl::StrCat("rank ", rank)));
   }
   TERNION_ASSIGN_OR_RETURN(outcome, Broadcast(transport, outcome));
-  return DecodeStatus(outcome);
+  absl::Status agreed = DecodeStatus(outcome);
+  if (!agreed.ok()) agreed.SetPayload(kAgreedPayload, absl::Cord());
+  return agreed;
+}
+
+bool IsAgreed(const absl::Status& status) {
+  return status.GetPayload(kAgreedPayload).has_value();
 }
 
 }  // namespace ternion::comm

@@ -218,7 +218,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
   config.quantization = ReadQuantization(reader);
   std::vector<int32_t> bos;
   ReadTokenIds(json, "bos_token_id", reader, bos);
-  if (!bos.empty()) config.bos_id = bos[0];
+  // Qwen's config names one, but its tokenizer never adds it.
+  if (!bos.empty() && !qwen) config.bos_id = bos[0];
   ReadTokenIds(json, "eos_token_id", reader, config.eos_ids);
   TERNION_RETURN_IF_ERROR(reader.status());
   return config;

@@ -42,7 +42,7 @@ struct ModelConfig {
   bool renormalize = false;         // norm_topk_prob
 
   QuantizationConfig quantization;
-  int32_t bos_id = -1;              // -1: none
+  int32_t bos_id = -1;              // put before every text; -1: the family's texts start without
   std::vector<int32_t> eos_ids;     // generation ends on any of them
 
   bool moe() const { return num_experts > 0; }

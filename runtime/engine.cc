@@ -94,23 +94,32 @@ absl::StatusOr<SequenceId> Engine::Submit(Request request) {
   return scheduler_.Submit(std::move(request));
 }
 
-absl::StatusOr<std::vector<SequenceEvent>> Engine::Step() {
-  if (idle()) return std::vector<SequenceEvent>();
+absl::StatusOr<StepReport> Engine::Step() {
+  StepReport report;
+  if (idle()) return report;
   const StepPlan plan = scheduler_.Next();
-  if (resources_.transport->size() == 1) {
-    TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, Execute(plan));
-    return scheduler_.Commit(results);
+  for (const Chunk& chunk : plan.chunks) {
+    report.prompt_tokens += scheduler_.PromptTokensOf(chunk);
+    report.generated_tokens += chunk.sample;
   }
-  TERNION_RETURN_IF_ERROR(comm::Broadcast(*resources_.transport, plan.Serialize()).status());
-  TERNION_ASSIGN_OR_RETURN(std::vector<ChunkResult> results, Execute(plan));
+  TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, ExecuteEverywhere(plan));
+  TERNION_ASSIGN_OR_RETURN(report.events, scheduler_.Commit(results));
+  return report;
+}
+
+absl::StatusOr<std::vector<ChunkResult>> Engine::ExecuteEverywhere(const StepPlan& plan) {
+  comm::Transport& transport = *resources_.transport;
+  if (transport.size() == 1) return Execute(plan);
+  TERNION_RETURN_IF_ERROR(comm::Broadcast(transport, plan.Serialize()).status());
+  TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> own, Execute(plan));
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> gathered,
-                           comm::Gather(*resources_.transport, SerializeResults(results)));
-  results.clear();
+                           comm::Gather(transport, SerializeResults(own)));
+  std::vector<ChunkResult> results;
   for (const std::string& bytes : gathered) {
     TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> of_rank, ParseResults(bytes));
     results.insert(results.end(), of_rank.begin(), of_rank.end());
   }
-  return scheduler_.Commit(results);
+  return results;
 }
 
 absl::Status Engine::Stop() {

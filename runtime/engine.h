@@ -33,6 +33,13 @@ struct EngineOptions {
 };
 inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;
 
+// What one step did.
+struct StepReport {
+  std::vector<SequenceEvent> events;
+  int64_t prompt_tokens = 0;     // prompt tokens processed
+  int64_t generated_tokens = 0;
+};
+
 // The logits of one row, on the rank that owns the sequence.
 using LogitsSink =
     std::function<void(SequenceId sequence, int32_t position, std::span<const float> logits)>;
@@ -47,7 +54,7 @@ class Engine {
   // Rank 0. See Scheduler::Submit.
   absl::StatusOr<SequenceId> Submit(Request request);
   // Rank 0, collective with Follow: one step, and what came of it. Nothing happens when idle.
-  absl::StatusOr<std::vector<SequenceEvent>> Step();
+  absl::StatusOr<StepReport> Step();
   bool idle() const { return scheduler_.idle(); }
   // Rank 0: ends Follow on the other ranks.
   absl::Status Stop();
@@ -60,6 +67,8 @@ class Engine {
 
   const ModelConfig& config() const { return config_; }
   const Model& model() const { return *model_; }
+  const WireOptions& wire() const { return options_.wire; }
+  int num_ranks() const { return resources_.transport->size(); }
   int64_t kv_tokens() const { return kv_cache_->num_pages() * kernels::kPageTokens; }
 
  private:
@@ -84,6 +93,7 @@ class Engine {
   static absl::StatusOr<std::unique_ptr<Engine>> CreateLocal(const EngineOptions& options,
                                                              const RankResources& resources,
                                                              const LoadProgress& progress);
+  absl::StatusOr<std::vector<ChunkResult>> ExecuteEverywhere(const StepPlan& plan);
   absl::Status Prepare(const StepPlan& plan);
   absl::StatusOr<std::vector<ChunkResult>> Execute(const StepPlan& plan);
   void RunHead(std::vector<ChunkResult>& results);

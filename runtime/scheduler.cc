@@ -107,6 +107,12 @@ StepPlan Scheduler::Next() {
   return plan;
 }
 
+int64_t Scheduler::PromptTokensOf(const Chunk& chunk) const {
+  const int64_t prompt = static_cast<int64_t>(running_.at(chunk.sequence).request.prompt.size());
+  const int64_t count = static_cast<int64_t>(chunk.tokens.size());
+  return std::clamp<int64_t>(prompt - chunk.position, 0, count);
+}
+
 FinishReason Scheduler::Advance(Sequence& sequence, const ChunkResult& result) {
   const Request& request = sequence.request;
   sequence.computed += std::exchange(sequence.in_flight, 0);

@@ -57,6 +57,9 @@ class Scheduler {
   // Takes in what the ranks sent for the last plan. Internal error on a result that was not asked for.
   absl::StatusOr<std::vector<SequenceEvent>> Commit(const std::vector<ChunkResult>& results);
 
+  // How many of a chunk's tokens are its sequence's prompt (the rest was generated).
+  int64_t PromptTokensOf(const Chunk& chunk) const;
+
   bool idle() const { return waiting_.empty() && running_.empty(); }
 
  private:

@@ -1,0 +1,82 @@
+#include "launcher/engine_flags.h"
+
+#include <chrono>
+
+#include "base/status.h"
+#include "comm/collective.h"
+#include "launcher/progress.h"
+
+namespace ternion::launcher {
+
+void AddWorldFlags(CLI::App& command, WorldOptions& options) {
+  command.add_option("--threads", options.threads, "Threads per rank (default: its share of the cores)")
+      ->check(CLI::Range(1, 1024));
+  command.add_option("--device", options.device, "Where kernels run")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  command.add_option("--transport", options.transport, "How ranks exchange activations")
+      ->check(CLI::IsMember({"mpi", "nccl"}))
+      ->capture_default_str();
+}
+
+void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
+  command.add_option("--model", flags.model, "Model directory (config.json, *.safetensors)")
+      ->required();
+  const CLI::IsMember formats({"fp32", "bf16", "int8", "int4"});
+  command
+      .add_option("--wire-dispatch", flags.wire_dispatch,
+                  "Precision of rows going to experts; auto: the model's own activation width, lossless")
+      ->check(CLI::IsMember({"auto", "fp32", "bf16", "int8", "int4"}))
+      ->capture_default_str();
+  command.add_option("--wire-combine", flags.wire_combine, "Precision of expert outputs coming back")
+      ->check(formats)
+      ->capture_default_str();
+  command
+      .add_option("--wire", flags.wire,
+                  "exact: fp32 rows per expert, summed at the owner; the same bits for any ranks")
+      ->check(CLI::IsMember({"exact"}));
+  command
+      .add_option("--placement", flags.placement,
+                  "contiguous, or a JSON file that says which ranks hold which experts")
+      ->capture_default_str();
+  command.add_option("--kv", flags.kv, "Precision of the KV cache")
+      ->check(CLI::IsMember({"bf16"}))
+      ->capture_default_str();
+  command
+      .add_option("--kv-tokens", flags.kv_tokens,
+                  "KV cache of one rank, in tokens (default: what a quarter of the memory holds)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  AddWorldFlags(command, flags.world);
+}
+
+absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags) {
+  runtime::WireOptions wire;
+  wire.exact = flags.wire == "exact";
+  if (flags.wire_dispatch != "auto") {
+    TERNION_ASSIGN_OR_RETURN(wire.dispatch, comm::ParseRowFormat(flags.wire_dispatch));
+  }
+  TERNION_ASSIGN_OR_RETURN(wire.combine, comm::ParseRowFormat(flags.wire_combine));
+  if (wire.exact) wire.combine = comm::RowFormat::kFp32;
+  return wire;
+}
+
+absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) {
+  const auto start = std::chrono::steady_clock::now();
+  absl::StatusOr<runtime::WireOptions> wire = ResolveWire(flags);
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), wire.status()));
+  runtime::EngineOptions options;
+  options.model_directory = flags.model;
+  options.placement = flags.placement;
+  options.wire = *wire;
+  options.kv_tokens = flags.kv_tokens;
+  ProgressBar bar("loading " + flags.model, world.is_root());
+  LoadedEngine loaded;
+  TERNION_ASSIGN_OR_RETURN(
+      loaded.engine, runtime::Engine::Create(options, world.resources(),
+                                             [&](int64_t done, int64_t total) { bar.Update(done, total); }));
+  loaded.load_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return loaded;
+}
+
+}  // namespace ternion::launcher

@@ -1,0 +1,166 @@
+// The `ternion` command: flags in, exit code out.
+#include <cstdio>
+#include <exception>
+#include <functional>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/str_join.h"
+#include "base/logging.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "launcher/bench_kernels.h"
+#include "launcher/commands.h"
+#include "launcher/shapes.h"
+#include "launcher/world.h"
+
+namespace ternion::launcher {
+namespace {
+
+constexpr int kExitError = 1;
+constexpr int kExitUsage = 2;
+
+void PrintError(const absl::Status& status) {
+  std::fprintf(stderr, "ternion: error: %s\n", std::string(status.message()).c_str());
+}
+
+// Runs `body` on this rank. An error that all ranks agree on is printed once; one that only this rank has is
+// printed by it, and ends the others.
+int RunInWorld(const WorldOptions& options, const std::function<absl::Status(World&)>& body) {
+  absl::StatusOr<std::unique_ptr<World>> world = World::Create(options);
+  const absl::Status status = world.ok() ? body(**world) : world.status();
+  if (status.ok()) return 0;
+  if (comm::IsAgreed(status)) {
+    if (RankFromEnvironment() == 0) PrintError(status);
+    return kExitError;
+  }
+  PrintError(base::Annotate(status, absl::StrCat("rank ", RankFromEnvironment())));
+  if (world.ok()) (*world)->transport().Abort(status);
+  return kExitError;
+}
+
+// Commands of one process: under mpirun, rank 0 does the work.
+int RunAlone(const std::function<absl::Status()>& body) {
+  if (RankFromEnvironment() != 0) return 0;
+  const absl::Status status = body();
+  if (status.ok()) return 0;
+  PrintError(status);
+  return kExitError;
+}
+
+void AddRun(CLI::App& app, RunOptions& options) {
+  CLI::App* command = app.add_subcommand("run", "Generate text from prompts");
+  AddEngineFlags(*command, options.engine);
+  CLI::Option_group* source = command->add_option_group("prompt");
+  source->add_option("--prompt", options.prompt, "The prompt");
+  source->add_option("--prompt-file", options.prompt_file,
+                     "A file with one prompt per line; they run as one batch");
+  source->add_flag("-i,--interactive", options.interactive, "Read prompts from the terminal");
+  source->require_option(1);
+  command->add_option("--max-tokens", options.max_tokens, "Tokens to generate per prompt, at most")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--temperature", options.sampling.temperature, "0: greedy")
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
+  command->add_option("--top-k", options.sampling.top_k, "Sample from the k likeliest tokens; 0: all")
+      ->check(CLI::Range(0, 1 << 22))
+      ->capture_default_str();
+  command->add_option("--top-p", options.sampling.top_p, "Sample from the likeliest tokens of this mass")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
+  command->add_option("--json", options.json, "Write tokens, rates, hashes and traffic to this file");
+}
+
+void AddEval(CLI::App& app, EvalOptions& options) {
+  CLI::App* command =
+      app.add_subcommand("eval", "Logits of given token ids, or bits per byte and perplexity of a text");
+  AddEngineFlags(*command, options.engine);
+  CLI::Option_group* source = command->add_option_group("input");
+  source->add_option("--ids-file", options.ids_file, "JSON array of token ids");
+  source->add_option("--text", options.text, "UTF-8 text to score");
+  source->require_option(1);
+  command->add_option("--logits-out", options.logits_out,
+                      "With --ids-file: .npy to write, float32 [tokens, vocabulary]");
+  command->add_option("--json", options.json, "With --text: write the figures to this file");
+}
+
+void AddBench(CLI::App& app, BenchKernelsOptions& options) {
+  CLI::App* bench = app.add_subcommand("bench", "Measure, beside what this machine can do at best");
+  bench->require_subcommand(1);
+  CLI::App* command = bench->add_subcommand("kernels", "Ternary matrix products");
+  command->add_option("--threads", options.num_threads, "Threads (default: all cores)")
+      ->check(CLI::Range(1, 1024));
+  command->add_option("--json", options.json_path, "Write the figures to this file");
+}
+
+void AddInspect(CLI::App& app, InspectOptions& options) {
+  CLI::App* command = app.add_subcommand("inspect", "What a checkpoint holds, tensor by tensor");
+  command->add_option("--model", options.model, "Model directory")->required();
+}
+
+void AddSynth(CLI::App& app, SynthOptions& options) {
+  CLI::App* command = app.add_subcommand("synth", "Write a packed random-weight model");
+  CLI::Option_group* source = command->add_option_group("shape");
+  source->add_option("--config", options.config, "A config.json");
+  source->add_option("--shape", options.shape, "One of " + absl::StrJoin(ShapeNames(), ", "));
+  source->require_option(1);
+  command->add_option("--seed", options.seed, "Seed of the weights")->capture_default_str();
+  command->add_option("--out", options.out, "Directory to create")->required();
+}
+
+// CLI11's verdict on the command line. Every rank sees the same one; rank 0 prints it.
+int ExitWithUsage(CLI::App& app, const CLI::ParseError& error) {
+  const bool asked = error.get_exit_code() == 0;  // --help, --version
+  if (RankFromEnvironment() != 0) return asked ? 0 : kExitUsage;
+  if (asked) return app.exit(error);
+  std::fprintf(stderr, "ternion: error: %s (see ternion --help)\n", error.what());
+  return kExitUsage;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Ternion: distributed Mixture-of-Experts inference for ternary models", "ternion");
+  app.set_version_flag("--version", TERNION_VERSION);
+  app.require_subcommand(1);
+  RunOptions run;
+  EvalOptions eval;
+  BenchKernelsOptions bench;
+  InspectOptions inspect;
+  SynthOptions synth;
+  AddRun(app, run);
+  AddEval(app, eval);
+  AddBench(app, bench);
+  AddInspect(app, inspect);
+  AddSynth(app, synth);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return ExitWithUsage(app, error);
+  }
+  if (app.got_subcommand("run")) {
+    return RunInWorld(run.engine.world, [&](World& world) { return Run(run, world); });
+  }
+  if (app.got_subcommand("eval")) {
+    return RunInWorld(eval.engine.world, [&](World& world) { return Eval(eval, world); });
+  }
+  if (app.got_subcommand("bench")) return RunAlone([&] { return BenchKernels(bench); });
+  if (app.got_subcommand("inspect")) return RunAlone([&] { return Inspect(inspect); });
+  return RunAlone([&] { return Synth(synth); });
+}
+
+}  // namespace
+}  // namespace ternion::launcher
+
+int main(int argc, char** argv) {
+  const int rank = ternion::launcher::RankFromEnvironment();
+  ternion::base::InitLogging(rank > 0 ? absl::StrCat("rank ", rank) : "");
+  try {
+    return ternion::launcher::Main(argc, argv);
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "ternion: error: rank %d: out of memory\n", rank);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "ternion: error: rank %d: %s\n", rank, error.what());
+  }
+  return 1;
+}

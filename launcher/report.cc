@@ -1,0 +1,102 @@
+#include "launcher/report.h"
+
+#include <unistd.h>
+
+#include "absl/strings/str_format.h"
+#include "base/file.h"
+#include "base/status.h"
+#include "comm/collective.h"
+
+namespace ternion::launcher {
+namespace {
+
+using comm::Phase;
+using comm::TrafficCount;
+using comm::TrafficMeter;
+using comm::TrafficScope;
+
+Json CountJson(const TrafficCount& count) {
+  return {{"payload_bytes", count.payload_bytes},
+          {"message_bytes", count.message_bytes},
+          {"messages", count.messages},
+          {"rows", count.rows}};
+}
+
+// Wire bytes of one phase at the top, each scope below.
+Json PhaseJson(const TrafficMeter& traffic, Phase phase) {
+  Json json = CountJson(traffic.Wire(phase));
+  json["self"] = CountJson(traffic.at(phase, TrafficScope::kSelf));
+  json["intra_node"] = CountJson(traffic.at(phase, TrafficScope::kIntraNode));
+  json["inter_node"] = CountJson(traffic.at(phase, TrafficScope::kInterNode));
+  return json;
+}
+
+// Adds the numbers of `from` into `to`, object by object.
+void AddNumbers(const Json& from, Json& to) {
+  for (const auto& [key, value] : from.items()) {
+    if (value.is_object()) {
+      AddNumbers(value, to[key]);
+    } else {
+      to[key] = to.value(key, int64_t{0}) + value.get<int64_t>();
+    }
+  }
+}
+
+std::string HostName() {
+  char name[256] = "";
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+}  // namespace
+
+absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world) {
+  comm::Transport& transport = world.transport();
+  const Json own = {{"rank", base::Index(transport.rank())},
+                    {"node", transport.NodeOf(transport.rank())},
+                    {"host", HostName()},
+                    {"threads", world.num_threads()},
+                    {"isa", world.isa()},
+                    {"experts", loaded.engine->model().num_local_experts()},
+                    {"weight_bytes", loaded.engine->model().weight_bytes()},
+                    {"kv_tokens", loaded.engine->kv_tokens()},
+                    {"load_seconds", loaded.load_seconds},
+                    {"traffic",
+                     {{"dispatch", PhaseJson(transport.traffic(), Phase::kDispatch)},
+                      {"combine", PhaseJson(transport.traffic(), Phase::kCombine)}}}};
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
+                           comm::Gather(transport, own.dump()));
+  WorldReport report;
+  for (const std::string& text : texts) {
+    Json rank = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+    if (!rank.is_object()) return absl::InvalidArgumentError("a rank sent a malformed report");
+    AddNumbers(rank["traffic"], report.traffic);
+    report.per_rank.push_back(std::move(rank));
+  }
+  for (const char* phase : {"dispatch", "combine"}) {
+    if (report.traffic.contains(phase)) {
+      report.wire_message_bytes += report.traffic[phase]["message_bytes"].get<int64_t>();
+    }
+  }
+  return report;
+}
+
+Json WireJson(const runtime::WireOptions& wire) {
+  return {{"dispatch", std::string(comm::RowFormatName(wire.dispatch))},
+          {"combine", std::string(comm::RowFormatName(wire.combine))},
+          {"exact", wire.exact}};
+}
+
+absl::Status WriteJson(const std::string& path, const Json& json) {
+  return base::WriteFileAtomically(
+      path, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
+std::string HumanBytes(double bytes) {
+  const char* const units[] = {"B", "kB", "MB", "GB", "TB"};
+  int unit = 0;
+  for (; bytes >= 1000 && unit < 4; ++unit) bytes /= 1000;
+  return unit == 0 ? absl::StrFormat("%.0f B", bytes) : absl::StrFormat("%.1f %s", bytes, units[unit]);
+}
+
+}  // namespace ternion::launcher

@@ -1,0 +1,36 @@
+// What --json files say about ranks and their traffic. Documented in docs/json.md.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/traffic.h"
+#include "launcher/engine_flags.h"
+#include "launcher/world.h"
+#include "nlohmann/json.hpp"
+
+namespace ternion::launcher {
+
+using Json = nlohmann::ordered_json;
+
+// What ranks tell rank 0 at the end of a command.
+struct WorldReport {
+  Json per_rank = Json::array();     // one object per rank
+  Json traffic = Json::object();     // dispatch, combine: bytes over all ranks, without self traffic
+  int64_t wire_message_bytes = 0;    // dispatch and combine, all ranks
+};
+
+// Collective; the report is filled on rank 0.
+absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);
+
+// {"dispatch", "combine", "exact"} as the engine runs them.
+Json WireJson(const runtime::WireOptions& wire);
+
+// Writes `json` to `path`, whole or not at all. Text that is not UTF-8 is replaced by U+FFFD.
+absl::Status WriteJson(const std::string& path, const Json& json);
+
+// The tensors' bytes in human units: "412 B", "1.3 kB", "5.2 MB", "7.1 GB".
+std::string HumanBytes(double bytes);
+
+}  // namespace ternion::launcher

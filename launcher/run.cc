@@ -1,0 +1,269 @@
+#include <chrono>
+#include <cstdio>
+#include <iostream>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "base/file.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "launcher/commands.h"
+#include "launcher/report.h"
+#include "runtime/tokenizer.h"
+#include "xxhash.h"
+
+namespace ternion::launcher {
+namespace {
+
+using runtime::Engine;
+using runtime::FinishReason;
+using runtime::SequenceEvent;
+using runtime::SequenceId;
+using runtime::StepReport;
+
+// Tokens and the seconds they took, for prefill and for decode.
+struct Throughput {
+  int64_t prompt_tokens = 0;
+  int64_t generated_tokens = 0;  // in steps without prompt tokens
+  double prefill_seconds = 0;    // of steps with prompt tokens
+  double decode_seconds = 0;
+
+  void Add(const StepReport& step, double seconds) {
+    prompt_tokens += step.prompt_tokens;
+    if (step.prompt_tokens > 0) {
+      prefill_seconds += seconds;
+    } else {
+      generated_tokens += step.generated_tokens;
+      decode_seconds += seconds;
+    }
+  }
+  double prefill_rate() const { return prefill_seconds > 0 ? prompt_tokens / prefill_seconds : 0; }
+  double decode_rate() const { return decode_seconds > 0 ? generated_tokens / decode_seconds : 0; }
+};
+
+// One prompt and what has come of it.
+struct Generation {
+  std::string prompt;
+  std::vector<int32_t> token_ids;
+  std::string text;
+  FinishReason finish = FinishReason::kNone;
+  uint64_t logits_hash = 0;
+  runtime::Utf8Stream utf8;
+};
+
+// Rank 0's side of `run`: feeds the engine and prints.
+class Session {
+ public:
+  Session(const RunOptions& options, LoadedEngine& loaded, const runtime::Tokenizer& tokenizer)
+      : options_(options), loaded_(loaded), tokenizer_(tokenizer) {}
+
+  absl::Status Submit(const std::string& prompt);
+  absl::Status RunToEnd();
+  absl::Status Interact();
+  absl::Status Finish(const WorldReport& report, int ranks) const;
+
+ private:
+  void Take(const SequenceEvent& event);
+  void PrintFinished();
+  uint64_t LogitsHash() const;
+  Json ToJson(const WorldReport& report, int ranks) const;
+
+  const RunOptions& options_;
+  LoadedEngine& loaded_;
+  const runtime::Tokenizer& tokenizer_;
+  std::vector<Generation> generations_;  // in the order of the prompts
+  std::map<SequenceId, size_t> index_;   // into generations_
+  size_t printed_ = 0;                   // generations printed in full
+  Throughput throughput_;
+};
+
+absl::Status Session::Submit(const std::string& prompt) {
+  const runtime::ModelConfig& config = loaded_.engine->config();
+  runtime::Request request;
+  if (config.bos_id >= 0) request.prompt.push_back(config.bos_id);
+  const std::vector<int32_t> ids = tokenizer_.Encode(prompt);
+  request.prompt.insert(request.prompt.end(), ids.begin(), ids.end());
+  request.max_new_tokens = options_.max_tokens;
+  request.sampling = options_.sampling;
+  request.stop_ids = config.eos_ids;
+  TERNION_ASSIGN_OR_RETURN(const SequenceId id, loaded_.engine->Submit(std::move(request)));
+  index_[id] = generations_.size();
+  generations_.emplace_back().prompt = prompt;
+  return absl::OkStatus();
+}
+
+void Session::Take(const SequenceEvent& event) {
+  Generation& generation = generations_[index_[event.sequence]];
+  generation.logits_hash = event.logits_hash;
+  generation.finish = event.finish;
+  std::string piece;
+  if (event.token >= 0) {
+    generation.token_ids.push_back(event.token);
+    if (!tokenizer_.IsSpecial(event.token)) {
+      piece = generation.utf8.Push(tokenizer_.TokenBytes(event.token));
+    }
+  }
+  if (event.finish != FinishReason::kNone) piece += generation.utf8.Flush();
+  generation.text += piece;
+  // A single prompt streams; several would interleave, so each is printed when it is complete.
+  if (generations_.size() == 1) {
+    std::fputs(piece.c_str(), stdout);
+    std::fflush(stdout);
+  }
+}
+
+void Session::PrintFinished() {
+  for (; printed_ < generations_.size(); ++printed_) {
+    const Generation& generation = generations_[printed_];
+    if (generation.finish == FinishReason::kNone) return;
+    if (generations_.size() == 1) {
+      std::puts("");
+    } else {
+      std::printf("[%zu] %s%s\n", printed_ + 1, generation.prompt.c_str(), generation.text.c_str());
+    }
+    std::fflush(stdout);
+  }
+}
+
+absl::Status Session::RunToEnd() {
+  using Clock = std::chrono::steady_clock;
+  if (generations_.size() == 1) {
+    std::fputs(generations_[0].prompt.c_str(), stdout);
+    std::fflush(stdout);
+  }
+  while (!loaded_.engine->idle()) {
+    const Clock::time_point start = Clock::now();
+    TERNION_ASSIGN_OR_RETURN(const StepReport step, loaded_.engine->Step());
+    throughput_.Add(step, std::chrono::duration<double>(Clock::now() - start).count());
+    for (const SequenceEvent& event : step.events) Take(event);
+    PrintFinished();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Session::Interact() {
+  std::string line;
+  while (std::fputs("> ", stdout), std::fflush(stdout), std::getline(std::cin, line)) {
+    if (line.empty()) continue;
+    generations_.clear();
+    index_.clear();
+    printed_ = 0;
+    // A prompt that does not fit is the user's to shorten: say so and go on.
+    if (const absl::Status status = Submit(line); !status.ok()) {
+      std::printf("%s\n", std::string(status.message()).c_str());
+      continue;
+    }
+    TERNION_RETURN_IF_ERROR(RunToEnd());
+  }
+  std::puts("");
+  return absl::OkStatus();
+}
+
+// The prompts' hashes, combined in their order.
+uint64_t Session::LogitsHash() const {
+  uint64_t hash = 0;
+  for (const Generation& generation : generations_) {
+    hash = XXH3_64bits_withSeed(&generation.logits_hash, sizeof(generation.logits_hash), hash);
+  }
+  return hash;
+}
+
+Json Session::ToJson(const WorldReport& report, int ranks) const {
+  Json prompts = Json::array();
+  for (const Generation& generation : generations_) {
+    prompts.push_back({{"prompt", generation.prompt},
+                       {"text", generation.text},
+                       {"token_ids", generation.token_ids},
+                       {"finish_reason", generation.finish == FinishReason::kStop ? "stop" : "length"},
+                       {"logits_hash", absl::StrFormat("%016x", generation.logits_hash)}});
+  }
+  return {{"ranks", ranks},
+          {"prompts", std::move(prompts)},
+          {"prefill_tok_s", throughput_.prefill_rate()},
+          {"decode_tok_s", throughput_.decode_rate()},
+          {"load_seconds", loaded_.load_seconds},
+          {"logits_hash", absl::StrFormat("%016x", LogitsHash())},
+          {"wire", WireJson(loaded_.engine->wire())},
+          {"traffic", report.traffic},
+          {"per_rank", report.per_rank}};
+}
+
+absl::Status Session::Finish(const WorldReport& report, int ranks) const {
+  int64_t tokens = throughput_.prompt_tokens;
+  for (const Generation& generation : generations_) {
+    tokens += static_cast<int64_t>(generation.token_ids.size());
+  }
+  const runtime::WireOptions& wire = loaded_.engine->wire();
+  const std::string combine =
+      wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));
+  std::fprintf(stderr,
+               "%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
+               "(dispatch %s, combine %s), loaded in %.2f s\n",
+               ranks, ranks == 1 ? "" : "s", throughput_.prefill_rate(), throughput_.decode_rate(),
+               HumanBytes(tokens > 0 ? double(report.wire_message_bytes) / tokens : 0).c_str(),
+               std::string(comm::RowFormatName(wire.dispatch)).c_str(), combine.c_str(),
+               loaded_.load_seconds);
+  return options_.json.empty() ? absl::OkStatus() : WriteJson(options_.json, ToJson(report, ranks));
+}
+
+absl::StatusOr<std::vector<std::string>> ReadPrompts(const RunOptions& options) {
+  if (options.interactive) return std::vector<std::string>();
+  if (options.prompt_file.empty()) {
+    if (options.prompt.empty()) return absl::InvalidArgumentError("--prompt is empty");
+    return std::vector<std::string>{options.prompt};
+  }
+  TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(options.prompt_file));
+  std::vector<std::string> prompts = absl::StrSplit(text, '\n');
+  if (prompts.back().empty()) prompts.pop_back();  // the file's last newline
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    if (!prompts[i].empty() && prompts[i].back() == '\r') prompts[i].pop_back();
+    if (prompts[i].empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(options.prompt_file, ", line ", i + 1, ": the prompt is empty"));
+    }
+  }
+  if (prompts.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(options.prompt_file, " holds no prompt"));
+  }
+  return prompts;
+}
+
+// Rank 0, before any step: everything that can be wrong with the input.
+absl::Status Prepare(const RunOptions& options, const std::vector<std::string>& prompts,
+                     std::unique_ptr<runtime::Tokenizer>& tokenizer, LoadedEngine& loaded,
+                     std::unique_ptr<Session>& session) {
+  TERNION_ASSIGN_OR_RETURN(runtime::Tokenizer loaded_tokenizer,
+                           runtime::Tokenizer::Load(options.engine.model));
+  tokenizer = std::make_unique<runtime::Tokenizer>(std::move(loaded_tokenizer));
+  session = std::make_unique<Session>(options, loaded, *tokenizer);
+  for (const std::string& prompt : prompts) TERNION_RETURN_IF_ERROR(session->Submit(prompt));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Run(const RunOptions& options, World& world) {
+  absl::StatusOr<std::vector<std::string>> prompts = ReadPrompts(options);
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), prompts.status()));
+  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
+  std::unique_ptr<runtime::Tokenizer> tokenizer;
+  std::unique_ptr<Session> session;
+  absl::Status ready;
+  if (world.is_root()) ready = Prepare(options, *prompts, tokenizer, loaded, session);
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), ready));
+
+  if (world.is_root()) {
+    TERNION_RETURN_IF_ERROR(options.interactive ? session->Interact() : session->RunToEnd());
+    TERNION_RETURN_IF_ERROR(loaded.engine->Stop());
+  } else {
+    TERNION_RETURN_IF_ERROR(loaded.engine->Follow());
+  }
+  TERNION_ASSIGN_OR_RETURN(const WorldReport report, CollectReport(loaded, world));
+  const absl::Status finished =
+      world.is_root() ? session->Finish(report, world.transport().size()) : absl::OkStatus();
+  return comm::AgreeOnStatus(world.transport(), finished);
+}
+
+}  // namespace ternion::launcher

@@ -1,0 +1,95 @@
+#include "launcher/world.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "comm/loopback/loopback.h"
+#include "comm/mpi/mpi.h"
+#include "comm/nccl/nccl.h"
+
+namespace ternion::launcher {
+namespace {
+
+absl::StatusOr<const kernels::Kernels*> ChooseKernels(const std::string& device) {
+  if (device == "cuda") {
+    std::string why;
+    const kernels::Kernels* table = kernels::SelectCudaKernels(&why);
+    if (table == nullptr) return absl::FailedPreconditionError("--device cuda: " + why);
+    return table;
+  }
+  const char* isa = std::getenv("TERNION_ISA");
+  const kernels::Kernels* table = kernels::SelectCpuKernels(isa == nullptr ? "" : isa);
+  if (table == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat("TERNION_ISA=", isa, ": this machine has ",
+                                                   absl::StrJoin(kernels::AvailableIsas(), ", ")));
+  }
+  return table;
+}
+
+absl::StatusOr<std::unique_ptr<comm::Transport>> MakeTransport() {
+  if (comm::LaunchedByMpi()) return comm::MakeMpiTransport();
+  return std::move(comm::MakeLoopbackWorld(1)[0]);
+}
+
+// The CPUs this rank should use. mpirun may have bound each rank to cores of its own; if the ranks of a node
+// may all use the same ones, they are dealt out in turn, so that oversubscribed ranks do not pile up.
+absl::StatusOr<std::vector<int>> ShareOfCpus(comm::Transport& transport) {
+  const std::vector<int> mine = base::AllowedCpus();
+  const std::string key = absl::StrJoin(mine, ",");
+  const std::string line = absl::StrCat(transport.NodeOf(transport.rank()), ":", key);
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> lines, comm::Gather(transport, line));
+  TERNION_ASSIGN_OR_RETURN(const std::string all, comm::Broadcast(transport, absl::StrJoin(lines, ";")));
+  std::vector<int> alike;  // ranks with the same node and CPUs
+  const std::vector<std::string> keys = absl::StrSplit(all, ';');
+  for (size_t rank = 0; rank < keys.size(); ++rank) {
+    if (keys[rank] == line) alike.push_back(static_cast<int>(rank));
+  }
+  const int place = static_cast<int>(
+      std::find(alike.begin(), alike.end(), base::Index(transport.rank())) - alike.begin());
+  const int sharers = static_cast<int>(alike.size());
+  const int cpus = static_cast<int>(mine.size());
+  std::vector<int> share;
+  for (int i = place; i < cpus; i += sharers) share.push_back(mine[i]);
+  if (share.empty() && cpus > 0) share.push_back(mine[place % cpus]);
+  return share;
+}
+
+}  // namespace
+
+int RankFromEnvironment() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}) {
+    if (const char* value = std::getenv(name)) return std::atoi(value);
+  }
+  return 0;
+}
+
+absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options) {
+  TERNION_ASSIGN_OR_RETURN(std::unique_ptr<comm::Transport> transport, MakeTransport());
+  if (options.transport == "nccl") {
+    TERNION_RETURN_IF_ERROR(
+        comm::AgreeOnStatus(*transport, comm::MakeNcclTransport(*transport).status()));
+  }
+  TERNION_ASSIGN_OR_RETURN(std::unique_ptr<World> world, CreateOn(transport.get(), options));
+  world->owned_transport_ = std::move(transport);
+  return world;
+}
+
+absl::StatusOr<std::unique_ptr<World>> World::CreateOn(comm::Transport* transport,
+                                                       const WorldOptions& options) {
+  absl::StatusOr<const kernels::Kernels*> kernels = ChooseKernels(options.device);
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, kernels.status()));
+  TERNION_ASSIGN_OR_RETURN(std::vector<int> cpus, ShareOfCpus(*transport));
+  std::unique_ptr<World> world(new World);
+  world->transport_ = transport;
+  world->kernels_ = *kernels;
+  const int threads = options.threads > 0 ? options.threads : std::max<int>(1, cpus.size());
+  world->threads_ = std::make_unique<base::ThreadPool>(threads, std::move(cpus));
+  world->executor_.threads = world->threads_.get();
+  return world;
+}
+
+}  // namespace ternion::launcher
