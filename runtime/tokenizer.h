@@ -14,17 +14,19 @@ namespace ternion::runtime {
 // Immutable after loading; thread-safe.
 class Tokenizer {
  public:
-  // Reads DIR/tokenizer.json. Supported: model BPE (merges as strings or pairs, ignore_merges), normalizer
-  // none or NFC, pre-tokenizers ByteLevel (with or without its regex), Split by Regex, and Sequences of them,
-  // decoder ByteLevel, added tokens. Anything else is an Unimplemented error that names it.
+  // Reads DIR/tokenizer.json. Supported: model BPE (merges as strings or pairs, ignore_merges),
+  // normalizer none or NFC, pre-tokenizers ByteLevel (with or without its regex), Split by Regex,
+  // and Sequences of them, decoder ByteLevel, added tokens. Anything else is an Unimplemented error
+  // that names it.
   static absl::StatusOr<Tokenizer> Load(const std::string& directory);
 
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
 
-  // Text (UTF-8; invalid bytes are replaced by U+FFFD as HF does on str input) -> ids. Added tokens in the
-  // text are recognised. The post-processor's special tokens (bos) are not added: the caller does.
+  // Text (UTF-8; invalid bytes are replaced by U+FFFD as HF does on str input) -> ids. Added tokens
+  // in the text are recognised. The post-processor's special tokens (bos) are not added: the caller
+  // does.
   std::vector<int32_t> Encode(absl::string_view text) const;
 
   // Bytes of one token; a token may be part of a UTF-8 character. Empty for ids without a token.
