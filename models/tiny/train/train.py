@@ -42,9 +42,8 @@ class Windows:
         self.count = (len(self.ids) - 1) // length
         self.seed = seed
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The ids of a step and their successors, int64 [size, length]: a pure function of the step."""
-        first = step * size
+    def batch(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """The ids of windows first.. of the run and their successors, int64 [size, length]."""
         order = np.random.default_rng([self.seed, first // self.count]).permutation(self.count)
         windows = np.stack([
             self.ids[w * self.length:(w + 1) * self.length + 1]
@@ -128,7 +127,7 @@ def train(run: Run, windows: Windows, batch_size: int, total_s: float) -> None:
     spent_before = run.elapsed_s
     while run.elapsed_s < total_s:
         lr = learning_rate(run.step, run.elapsed_s / total_s)
-        loss, balance, loads = run.advance(*windows.batch(run.step, batch_size), lr)
+        loss, balance, loads = run.advance(*windows.batch(run.tokens // windows.length, batch_size), lr)
         losses.append(loss)
         now = time.monotonic()
         run.elapsed_s = spent_before + now - start
@@ -146,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--batch", type=int, default=8, help="windows per step")
+    parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -25,9 +25,10 @@ def bf16_margin(x: Tensor) -> Tensor:
 class GoldenModel:
     """One sequence at a time, no cache. Tensors are fp32; T is the sequence's length."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, bf16_kv: bool = True):
         self.checkpoint = checkpoint
         self.config = checkpoint.config
+        self.bf16_kv = bf16_kv
         self.gate_margin = math.inf  # least gap between the last chosen and the first refused gate logit
         self.code_margin = math.inf  # least relative distance from a tie in anything that was rounded
 
@@ -52,8 +53,10 @@ class GoldenModel:
         self.code_margin = min(self.code_margin, float(int8_margin(x, scale).min()))
         return codes, scale
 
-    def _round_to_bf16(self, x: Tensor) -> Tensor:
-        """The runtime keeps K (after RoPE) and V as bf16."""
+    def _cached(self, x: Tensor) -> Tensor:
+        """K (after RoPE) or V as the runtime's pages give it back: rounded to bf16."""
+        if not self.bf16_kv:
+            return x
         self.code_margin = min(self.code_margin, float(bf16_margin(x).min()))
         return x.bfloat16().float()
 
@@ -75,7 +78,7 @@ class GoldenModel:
         cos, sin = rope_tables(len(x), config.head_dim, config.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         groups = config.num_attention_heads // config.num_key_value_heads
-        k, v = (self._round_to_bf16(t).repeat_interleave(groups, dim=0) for t in (k, v))
+        k, v = (self._cached(t).repeat_interleave(groups, dim=0) for t in (k, v))
         scores = q @ k.transpose(1, 2) / math.sqrt(config.head_dim)
         scores += torch.full_like(scores, -math.inf).triu(1)
         y = (scores.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
