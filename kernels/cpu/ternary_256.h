@@ -17,6 +17,7 @@ template <typename Instr>
 struct Micro256 {
   static constexpr int kFields = 4;  // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
   static constexpr int kHalves = 2;
+  static constexpr int kMaxStreamedRows = 8;
   static constexpr int kStreamRows = 4;
   static constexpr int kTileRows = 4;
   static constexpr int kTilePanels = 1;
@@ -41,22 +42,44 @@ struct Micro256 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(num_outputs - 8 * h), lane);
   }
 
-  // float(dot - sum) * scale for 8 outputs of one row.
-  static void StoreOutputs(float* y, __m256i mask, __m256i dot, int32_t sum, float scale) {
-    const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, _mm256_set1_epi32(sum)));
-    _mm256_maskstore_ps(y, mask, _mm256_mul_ps(value, _mm256_set1_ps(scale)));
+  static float* Y(const OutputTile& out, int row, int half) {
+    return out.y + row * out.y_stride + 8 * half;
   }
 
-  // sums += fields of `num_blocks` <= kMaxBlocks blocks times kRows rows. The codes are packed
-  // (kPacked) or one byte each, in the order of Unpack.
+  static __m256i LoadSums(const OutputTile& out, int row, int half) {
+    const int* y = reinterpret_cast<const int*>(Y(out, row, half));
+    return _mm256_maskload_epi32(y, Mask(out.num_outputs, half));
+  }
+
+  static void StoreSums(const OutputTile& out, int row, int half, __m256i sums) {
+    int* y = reinterpret_cast<int*>(Y(out, row, half));
+    _mm256_maskstore_epi32(y, Mask(out.num_outputs, half), sums);
+  }
+
+  static void StoreOutputs(const OutputTile& out, int row, int half, __m256i dot) {
+    const __m256i sum = _mm256_set1_epi32(out.x_sums[row]);
+    const __m256 scale = _mm256_set1_ps(out.weight_scale * out.x_scales[row]);
+    const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot, sum)), scale);
+    _mm256_maskstore_ps(Y(out, row, half), Mask(out.num_outputs, half), value);
+  }
+
+  // Activations: 16 columns of row r and block b stand at x + r * row_stride + b * block_stride.
+  struct Rows {
+    const int8_t* x;
+    int64_t row_stride;
+    int64_t block_stride;
+  };
+
+  // sums += codes of `num_blocks` <= kMaxBlocks blocks times kRows rows. Codes are as in memory
+  // (kPacked) or as Unpack leaves them.
   template <int kRows, bool kPacked>
-  static void AddBlocks(const uint8_t* codes, int64_t num_blocks, const int8_t* x, int64_t x_stride,
+  static void AddBlocks(const uint8_t* codes, const Rows& rows, int64_t num_blocks,
                         __m256i sums[kRows][kHalves]) {
     __m256i partial[kRows][kHalves];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-      for (int h = 0; h < kHalves; ++h) partial[r][h] = _mm256_setzero_si256();
+    for (int r = 0; r < kRows; ++r) partial[r][0] = partial[r][1] = _mm256_setzero_si256();
 
+    const int8_t* x = rows.x;
     for (int64_t b = 0; b < num_blocks; ++b) {
       if constexpr (kPacked) {
         _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
@@ -64,109 +87,90 @@ struct Micro256 {
       const __m256i low = Load(codes), high = Load(codes + 32);
 #pragma GCC unroll 4
       for (int f = 0; f < kFields; ++f) {
-        const uint8_t* field = codes + 64 * f;
-        const __m256i half[kHalves] = {kPacked ? Field(low, f) : Load(field),
-                                       kPacked ? Field(high, f) : Load(field + 32)};
+        const uint8_t* field = codes + kBlockSize * f;
+        const __m256i half0 = kPacked ? Field(low, f) : Load(field);
+        const __m256i half1 = kPacked ? Field(high, f) : Load(field + 32);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const __m256i four = Broadcast(x + r * x_stride + 4 * f);
-#pragma GCC unroll 2
-          for (int h = 0; h < kHalves; ++h)
-            partial[r][h] = Instr::Add(partial[r][h], half[h], four);
+          const __m256i four = Broadcast(x + r * rows.row_stride + 4 * f);
+          partial[r][0] = Instr::Add(partial[r][0], half0, four);
+          partial[r][1] = Instr::Add(partial[r][1], half1, four);
         }
       }
-      codes += kPacked ? kPackedBlockBytes : kUnpackedBlockBytes;
-      x += kRowsPerPanel;
+      codes += kPacked ? kBlockSize : kUnpackedBlockSize;
+      x += rows.block_stride;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) {
-        sums[r][h] = _mm256_add_epi32(sums[r][h], Instr::Widen(partial[r][h]));
-      }
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][0] = _mm256_add_epi32(sums[r][0], Instr::Widen(partial[r][0]));
+      sums[r][1] = _mm256_add_epi32(sums[r][1], Instr::Widen(partial[r][1]));
+    }
   }
 
   template <int kRows, bool kPacked>
-  static void AddAllBlocks(const uint8_t* codes, int64_t num_blocks, const int8_t* x,
-                           int64_t x_stride, __m256i sums[kRows][kHalves]) {
+  static void AddAllBlocks(const uint8_t* codes, Rows rows, int64_t num_blocks,
+                           __m256i sums[kRows][kHalves]) {
     for (int64_t b = 0; b < num_blocks; b += kMaxBlocks) {
-      AddBlocks<kRows, kPacked>(codes + b * (kPacked ? kPackedBlockBytes : kUnpackedBlockBytes),
-                                Min(kMaxBlocks, num_blocks - b), x + b * kRowsPerPanel, x_stride,
-                                sums);
+      AddBlocks<kRows, kPacked>(codes, rows, Min(kMaxBlocks, num_blocks - b), sums);
+      codes += kMaxBlocks * (kPacked ? kBlockSize : kUnpackedBlockSize);
+      rows.x += kMaxBlocks * rows.block_stride;
     }
   }
 
   template <int kRows>
-  __attribute__((noinline)) static void StreamRowsOf(const StreamArgs& a) {
+  __attribute__((noinline)) static void StreamRows(const StreamArgs& a) {
     __m256i sums[kRows][kHalves] = {};
-    AddAllBlocks<kRows, true>(a.codes, a.num_blocks, a.x, a.x_stride, sums);
-    for (int r = 0; r < kRows; ++r)
-      for (int h = 0; h < kHalves; ++h) {
-        StoreOutputs(a.y + r * a.y_stride + 8 * h, Mask(a.num_outputs, h), sums[r][h], a.x_sums[r],
-                     a.weight_scale * a.x_scales[r]);
-      }
+    const Rows rows = {a.x, kBlockInputs, kBlockInputs * kRows};
+    AddAllBlocks<kRows, true>(a.codes, rows, a.num_blocks, sums);
+    for (int r = 0; r < kRows; ++r) {
+      for (int h = 0; h < kHalves; ++h) StoreOutputs(a.out, r, h, sums[r][h]);
+    }
   }
 
   template <int kRows>
-  __attribute__((noinline)) static void TileRowsOf(const TileArgs& a) {
+  __attribute__((noinline)) static void TileRows(const TileArgs& a) {
     __m256i sums[kRows][kHalves] = {};
-    for (int r = 0; r < kRows && !a.first; ++r)
+    for (int r = 0; r < kRows && !a.first; ++r) {
+      for (int h = 0; h < kHalves; ++h) sums[r][h] = LoadSums(a.out, r, h);
+    }
+    const Rows rows = {a.x, a.x_stride, kBlockInputs};
+    AddAllBlocks<kRows, false>(a.unpacked, rows, a.num_blocks, sums);
+    for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < kHalves; ++h) {
-        const float* y = a.y + r * a.y_stride + 8 * h;
-        sums[r][h] = _mm256_maskload_epi32(reinterpret_cast<const int*>(y), Mask(a.num_outputs, h));
+        a.last ? StoreOutputs(a.out, r, h, sums[r][h]) : StoreSums(a.out, r, h, sums[r][h]);
       }
-    AddAllBlocks<kRows, false>(a.unpacked, a.num_blocks, a.x, a.x_stride, sums);
-    for (int r = 0; r < kRows; ++r)
-      for (int h = 0; h < kHalves; ++h) {
-        float* y = a.y + r * a.y_stride + 8 * h;
-        const __m256i mask = Mask(a.num_outputs, h);
-        if (a.last) {
-          StoreOutputs(y, mask, sums[r][h], a.x_sums[r], a.weight_scale * a.x_scales[r]);
-        } else {
-          _mm256_maskstore_epi32(reinterpret_cast<int*>(y), mask, sums[r][h]);
-        }
-      }
+    }
   }
 
   template <int kRows = kStreamRows>
   static void Stream(const StreamArgs& a) {
-    if (a.num_rows == kRows) {
-      StreamRowsOf<kRows>(a);
+    if (a.out.num_rows == kRows) {
+      StreamRows<kRows>(a);
     } else if constexpr (kRows > 1) {
       Stream<kRows - 1>(a);
+    }
+  }
+
+  template <int kRows = kTileRows>
+  static void Tile(const TileArgs& a) {
+    if (a.out.num_rows == kRows) {
+      TileRows<kRows>(a);
+    } else if constexpr (kRows > 1) {
+      Tile<kRows - 1>(a);
     }
   }
 
   static void Unpack(const uint8_t* codes, int64_t num_blocks, uint8_t* out) {
     for (int64_t half = 0; half < kHalves * num_blocks; ++half) {
       const __m256i block = Load(codes + 32 * half);
-      uint8_t* to = out + half / kHalves * kUnpackedBlockBytes + half % kHalves * 32;
+      uint8_t* to = out + half / kHalves * kUnpackedBlockSize + half % kHalves * 32;
 #pragma GCC unroll 4
       for (int f = 0; f < kFields; ++f) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64 * f), Field(block, f));
       }
     }
   }
-
-  template <int kRows = kTileRows>
-  static void Tile(const TileArgs& a) {
-    if (a.num_rows == kRows) {
-      TileRowsOf<kRows>(a);
-    } else if constexpr (kRows > 1) {
-      Tile<kRows - 1>(a);
-    }
-  }
 };
-
-// Rows from which on unpacking into cache pays.
-template <typename Instr>
-static void RunPanels256(const PanelRun& run) {
-  if (run.num_rows <= 2 * Micro256<Instr>::kStreamRows) {
-    StreamPanels<Micro256<Instr>>(run);
-  } else {
-    TilePanels<Micro256<Instr>>(run);
-  }
-}
 
 template <typename Instr>
 static int64_t DotLoop256(int64_t iterations) {

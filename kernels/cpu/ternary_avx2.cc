@@ -18,7 +18,7 @@ struct Instr {
 
 }  // namespace
 
-void RunPanels(const PanelRun& run) { RunPanels256<Instr>(run); }
+void RunPanels(const PanelRun& run) { RunPanelsWith<Micro256<Instr>>(run); }
 
 int64_t DotLoop(int64_t iterations) { return DotLoop256<Instr>(iterations); }
 

@@ -28,27 +28,12 @@ inline __mmask16 OutputMask(int num_outputs) {
   return static_cast<__mmask16>(num_outputs >= 16 ? 0xffff : (1 << num_outputs) - 1);
 }
 
-// float(dot - sum) * scale for 16 outputs of one row.
-inline void StoreOutputs(float* y, __mmask16 mask, __m512i dot, int32_t sum, float scale) {
-  const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, _mm512_set1_epi32(sum)));
-  _mm512_mask_storeu_ps(y, mask, _mm512_mul_ps(value, _mm512_set1_ps(scale)));
+inline void StoreOutputs(const OutputTile& out, int row, float* y, __mmask16 mask, __m512i dot) {
+  const __m512i sum = _mm512_set1_epi32(out.x_sums[row]);
+  const __m512 scale = _mm512_set1_ps(out.weight_scale * out.x_scales[row]);
+  const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, sum));
+  _mm512_mask_storeu_ps(y, mask, _mm512_mul_ps(value, scale));
 }
-
-// Addresses of up to 24 rows from few registers: a base per four rows, and stride times 0, 1, 2
-// or 3.
-template <int kRows>
-struct RowPointers {
-  const int8_t* base[(kRows + 3) / 4];
-  int64_t stride;
-
-  RowPointers(const int8_t* x, int64_t x_stride) : stride(x_stride) {
-    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] = x + 4 * i * x_stride;
-  }
-  const int8_t* at(int row) const { return base[row / 4] + row % 4 * stride; }
-  void Advance(int bytes) {
-    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] += bytes;
-  }
-};
 
 // The field f of 64 bytes. With kPlaces accumulators per row, f is left in place f % kPlaces (worth
 // 4^place) and the accumulators are shifted once at the end: fewer shifts here, for more registers.
@@ -66,7 +51,7 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPlaces; ++p) acc[r][p] = _mm512_setzero_si512();
 
-  RowPointers<kRows> x(a.x, a.x_stride);
+  const int8_t* x = a.x;
   const uint8_t* const end = a.codes + 64 * a.num_blocks;
   for (const uint8_t* codes = a.codes; codes < end; codes += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
@@ -78,12 +63,12 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int f = 0; f < kFields; ++f) {
-        AddDot(acc[r][f % kPlaces], fields[f], x.at(r) + 4 * f);
+        AddDot(acc[r][f % kPlaces], fields[f], x + 16 * r + 4 * f);
       }
-    x.Advance(16);
+    x += 16 * kRows;
   }
 
-  const __mmask16 mask = OutputMask(a.num_outputs);
+  const __mmask16 mask = OutputMask(a.out.num_outputs);
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
     __m512i dot = acc[r][0];
@@ -91,22 +76,38 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
     for (int p = 1; p < kPlaces; ++p) {
       dot = _mm512_add_epi32(dot, _mm512_srai_epi32(acc[r][p], 2 * p));
     }
-    StoreOutputs(a.y + r * a.y_stride, mask, dot, a.x_sums[r], a.weight_scale * a.x_scales[r]);
+    StoreOutputs(a.out, r, a.out.y + r * a.out.y_stride, mask, dot);
   }
 }
+
+// Addresses of the rows of a tile from few registers: a base per four rows, and stride times 0, 1,
+// 2 or 3.
+template <int kRows>
+struct RowPointers {
+  const int8_t* base[(kRows + 3) / 4];
+  int64_t stride;
+
+  RowPointers(const int8_t* x, int64_t x_stride) : stride(x_stride) {
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] = x + 4 * i * x_stride;
+  }
+  const int8_t* at(int row) const { return base[row / 4] + row % 4 * stride; }
+  void Advance(int bytes) {
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] += bytes;
+  }
+};
 
 template <int kPanels, int kRows>
 __attribute__((noinline)) void TileRows(const TileArgs& a) {
   __mmask16 masks[kPanels];
 #pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) masks[p] = OutputMask(a.num_outputs - 16 * p);
+  for (int p = 0; p < kPanels; ++p) masks[p] = OutputMask(a.out.num_outputs - 16 * p);
 
   __m512i acc[kPanels][kRows];
 #pragma GCC unroll 2
   for (int p = 0; p < kPanels; ++p)
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const float* y = a.y + r * a.y_stride + 16 * p;
+      const float* y = a.out.y + r * a.out.y_stride + 16 * p;
       acc[p][r] = a.first ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(masks[p], y);
     }
 
@@ -132,9 +133,9 @@ __attribute__((noinline)) void TileRows(const TileArgs& a) {
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
-      float* y = a.y + r * a.y_stride + 16 * p;
+      float* y = a.out.y + r * a.out.y_stride + 16 * p;
       if (a.last) {
-        StoreOutputs(y, masks[p], acc[p][r], a.x_sums[r], a.weight_scale * a.x_scales[r]);
+        StoreOutputs(a.out, r, y, masks[p], acc[p][r]);
       } else {
         _mm512_mask_storeu_epi32(y, masks[p], acc[p][r]);
       }
@@ -142,15 +143,16 @@ __attribute__((noinline)) void TileRows(const TileArgs& a) {
 }
 
 struct Micro {
+  static constexpr int kMaxStreamedRows = 48;
   static constexpr int kStreamRows = 24;
   static constexpr int kTileRows = 12;
   static constexpr int kTilePanels = 2;
 
-  // Accumulators: 4 places x 5 rows, 2 x 12 or 1 x 24, within 32 registers.
+  // Accumulators: 4 places x 7 rows, 2 x 12 or 1 x 24, within 32 registers.
   template <int kRows = kStreamRows>
   static void Stream(const StreamArgs& a) {
-    constexpr int kPlaces = kRows <= 5 ? 4 : kRows <= 12 ? 2 : 1;
-    if (a.num_rows == kRows) {
+    constexpr int kPlaces = kRows <= 7 ? 4 : kRows <= 12 ? 2 : 1;
+    if (a.out.num_rows == kRows) {
       StreamRows<kRows, kPlaces>(a);
     } else if constexpr (kRows > 1) {
       Stream<kRows - 1>(a);
@@ -169,7 +171,7 @@ struct Micro {
 
   template <int kRows = kTileRows>
   static void Tile(const TileArgs& a) {
-    if (a.num_rows == kRows) {
+    if (a.out.num_rows == kRows) {
       a.num_panels == 2 ? TileRows<2, kRows>(a) : TileRows<1, kRows>(a);
     } else if constexpr (kRows > 1) {
       Tile<kRows - 1>(a);
@@ -179,13 +181,7 @@ struct Micro {
 
 }  // namespace
 
-void RunPanels(const PanelRun& run) {
-  if (run.num_rows <= 2 * Micro::kStreamRows) {
-    StreamPanels<Micro>(run);
-  } else {
-    TilePanels<Micro>(run);
-  }
-}
+void RunPanels(const PanelRun& run) { RunPanelsWith<Micro>(run); }
 
 int64_t DotLoop(int64_t iterations) {
   constexpr int kChains = 24;

@@ -2,10 +2,11 @@
 // arithmetic is the template argument Micro, a type of internal linkage of one
 // ternary_<variant>.cc:
 //
-//   kStreamRows, kTileRows, kTilePanels   the most rows (and panels) of the two kernels
-//   Stream(StreamArgs)   one panel, straight from its 2-bit codes, times a few rows
+//   Stream(StreamArgs)   one panel, straight from its 2-bit codes, times 1 .. kStreamRows rows
 //   Unpack(...)          2-bit codes of some blocks -> bytes, ordered as Tile reads them
-//   Tile(TileArgs)       a register tile: unpacked panels times rows, over one stretch of columns
+//   Tile(TileArgs)       1 .. kTilePanels unpacked panels times 1 .. kTileRows rows, over a stretch
+//                        of columns
+//   kMaxStreamedRows     with more rows than this, unpacking into cache first pays
 //
 // Included by files compiled for one instruction set: no std::, nothing inline from other headers.
 #pragma once
@@ -16,47 +17,48 @@
 
 namespace ternion::kernels {
 
-// y = float(dot - sum) * (weight_scale * x_scale) for one panel.
-struct StreamArgs {
-  const uint8_t* codes;  // the panel
-  int64_t num_blocks;
-  int num_outputs;  // 1 .. 16
-  float weight_scale;
-  const int8_t* x;  // [num_rows, x_stride]
-  int64_t x_stride;
-  const float* x_scales;
-  const int32_t* x_sums;
-  int num_rows;  // 1 .. kStreamRows
-  float* y;
+// Where the dot products of one kernel call go:
+// y[r][o] = float(dot - x_sums[r]) * (weight_scale * x_scales[r]).
+struct OutputTile {
+  float* y;  // [num_rows, y_stride], columns 0 .. num_outputs
   int64_t y_stride;
+  int num_rows;
+  int num_outputs;
+  float weight_scale;
+  const float* x_scales;  // [num_rows]
+  const int32_t* x_sums;  // [num_rows]
+};
+
+struct StreamArgs {
+  const uint8_t* codes;  // one panel
+  const int8_t* x;       // [num_blocks, num_rows, 16]
+  int64_t num_blocks;
+  OutputTile out;
 };
 
 // Columns are done in stretches. Between them, y holds the int32 sums so far.
 struct TileArgs {
-  const uint8_t* unpacked;  // num_panels panels, kUnpackedPanelBytes apart: a byte per code
-  int num_panels;           // 1 .. kTilePanels
-  int64_t num_blocks;       // of this stretch
-  int num_outputs;          // in these panels
-  float weight_scale;
+  const uint8_t* unpacked;  // panels, kUnpackedPanelBytes apart; a byte per code
+  int num_panels;
   const int8_t* x;  // [num_rows, x_stride], at the stretch's first column
   int64_t x_stride;
-  const float* x_scales;
-  const int32_t* x_sums;
-  int num_rows;  // 1 .. kTileRows
-  float* y;
-  int64_t y_stride;
-  bool first;  // start from 0, not from the sums in y
-  bool last;   // write floats, not sums
+  int64_t num_blocks;  // of this stretch
+  bool first;          // start from 0, not from the sums in y
+  bool last;           // write floats, not sums
+  OutputTile out;
 };
+
+constexpr int64_t kPanelOutputs = 16;
+constexpr int64_t kBlockInputs = 16;
+constexpr int64_t kBlockSize = 64;  // bytes, packed
+constexpr int64_t kUnpackedBlockSize = 4 * kBlockSize;
+constexpr int64_t kScratchSize = int64_t{1} << 20;  // base::kScratchBytesPerThread
 
 // A stretch is 2,048 columns: the register tile is loaded and stored rarely, and kRowBlock rows of
 // it (480 KB) stay in L2 while all panels pass by.
 constexpr int64_t kStretchBlocks = 128;
 constexpr int64_t kRowBlock = 240;
-constexpr int64_t kPackedBlockBytes = 64;
-constexpr int64_t kRowsPerPanel = 16;
-constexpr int64_t kUnpackedBlockBytes = 4 * kPackedBlockBytes;
-constexpr int64_t kUnpackedPanelBytes = kStretchBlocks * kUnpackedBlockBytes;
+constexpr int64_t kUnpackedPanelBytes = kStretchBlocks * kUnpackedBlockSize;
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -67,16 +69,42 @@ static inline void ForPieces(int64_t count, int64_t max, const Body& body) {
   for (int64_t i = 0; i < pieces; ++i) body(count * i / pieces, count * (i + 1) / pieces);
 }
 
+static inline OutputTile Outputs(const PanelRun& run, int64_t row_begin, int64_t row_end,
+                                 int64_t output, int64_t max_outputs) {
+  return {run.y + row_begin * run.y_stride + output,
+          run.y_stride,
+          static_cast<int>(row_end - row_begin),
+          static_cast<int>(Min(max_outputs, run.num_outputs - output)),
+          run.weight_scale,
+          run.x_scales + row_begin,
+          run.x_sums + row_begin};
+}
+
+// Rows as Stream reads them: one stream instead of one per row, addressed by constant offsets.
+static inline void InterleaveRows(const int8_t* x, int64_t x_stride, int64_t num_rows,
+                                  int64_t num_blocks, int8_t* out) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      __builtin_memcpy(out + (b * num_rows + r) * kBlockInputs, x + r * x_stride + b * kBlockInputs,
+                       kBlockInputs);
+    }
+  }
+}
+
 // Few rows: every panel is read once from memory; further pieces of rows find it in L1 or L2.
 template <typename Micro>
 static void StreamPanels(const PanelRun& run) {
-  for (int64_t output = 0; output < run.num_outputs; output += kRowsPerPanel) {
+  const int64_t row_bytes = run.num_blocks * kBlockInputs;
+  int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
+  ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
+    InterleaveRows(run.x + begin * run.x_stride, run.x_stride, end - begin, run.num_blocks,
+                   x + begin * row_bytes);
+  });
+  for (int64_t output = 0; output < run.num_outputs; output += kPanelOutputs) {
+    const uint8_t* panel = run.codes + output / kPanelOutputs * run.num_blocks * kBlockSize;
     ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
-      Micro::Stream({run.codes + output / kRowsPerPanel * run.num_blocks * kPackedBlockBytes,
-                     run.num_blocks, static_cast<int>(Min(kRowsPerPanel, run.num_outputs - output)),
-                     run.weight_scale, run.x + begin * run.x_stride, run.x_stride,
-                     run.x_scales + begin, run.x_sums + begin, static_cast<int>(end - begin),
-                     run.y + begin * run.y_stride + output, run.y_stride});
+      Micro::Stream({panel, x + begin * row_bytes, run.num_blocks,
+                     Outputs(run, begin, end, output, kPanelOutputs)});
     });
   }
 }
@@ -85,24 +113,21 @@ static void StreamPanels(const PanelRun& run) {
 template <typename Micro>
 static void TileBlock(const PanelRun& run, int64_t row_begin, int64_t row_end, int64_t block_begin,
                       int64_t block_end) {
-  constexpr int64_t kTileOutputs = Micro::kTilePanels * kRowsPerPanel;
-  const int64_t panel_bytes = run.num_blocks * kPackedBlockBytes;
+  constexpr int64_t kTileOutputs = Micro::kTilePanels * kPanelOutputs;
+  const int64_t num_blocks = block_end - block_begin;
   for (int64_t output = 0; output < run.num_outputs; output += kTileOutputs) {
     const int64_t num_outputs = Min(kTileOutputs, run.num_outputs - output);
-    const int64_t num_panels = (num_outputs + kRowsPerPanel - 1) / kRowsPerPanel;
+    const int64_t num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
     for (int64_t p = 0; p < num_panels; ++p) {
-      const uint8_t* panel = run.codes + (output / kRowsPerPanel + p) * panel_bytes;
-      Micro::Unpack(panel + block_begin * kPackedBlockBytes, block_end - block_begin,
+      const int64_t first_block = (output / kPanelOutputs + p) * run.num_blocks + block_begin;
+      Micro::Unpack(run.codes + first_block * kBlockSize, num_blocks,
                     run.scratch + p * kUnpackedPanelBytes);
     }
     ForPieces(row_end - row_begin, Micro::kTileRows, [&](int64_t begin, int64_t end) {
-      const int64_t row = row_begin + begin;
-      Micro::Tile({run.scratch, static_cast<int>(num_panels), block_end - block_begin,
-                   static_cast<int>(num_outputs), run.weight_scale,
-                   run.x + row * run.x_stride + block_begin * kRowsPerPanel, run.x_stride,
-                   run.x_scales + row, run.x_sums + row, static_cast<int>(end - begin),
-                   run.y + row * run.y_stride + output, run.y_stride, block_begin == 0,
-                   block_end == run.num_blocks});
+      Micro::Tile({run.scratch, static_cast<int>(num_panels),
+                   run.x + (row_begin + begin) * run.x_stride + block_begin * kBlockInputs,
+                   run.x_stride, num_blocks, block_begin == 0, block_end == run.num_blocks,
+                   Outputs(run, row_begin + begin, row_begin + end, output, kTileOutputs)});
     });
   }
 }
@@ -115,6 +140,16 @@ static void TilePanels(const PanelRun& run) {
       TileBlock<Micro>(run, row_begin, row_end, block_begin, block_end);
     });
   });
+}
+
+template <typename Micro>
+static void RunPanelsWith(const PanelRun& run) {
+  const bool rows_fit = run.num_rows * run.num_blocks * kBlockInputs <= kScratchSize;
+  if (run.num_rows <= Micro::kMaxStreamedRows && rows_fit) {
+    StreamPanels<Micro>(run);
+  } else {
+    TilePanels<Micro>(run);
+  }
 }
 
 }  // namespace ternion::kernels
