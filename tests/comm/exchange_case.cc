@@ -1,49 +1,15 @@
 #include "tests/comm/exchange_case.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <random>
 
 #include "base/status.h"
 #include "kernels/activations.h"
+#include "kernels/select.h"
 
 namespace ternion::comm {
 namespace {
-
-void QuantizeSerially(const kernels::QuantizeArgs& args, kernels::Executor&) {
-  const kernels::QuantizedRows& out = args.out;
-  for (int64_t r = 0; r < out.num_rows; ++r) {
-    const float* x = args.x + r * args.x_stride;
-    float absmax = 1e-5f, sum = 0;
-    for (int64_t c = 0; c < out.dim; ++c) {
-      absmax = std::max(absmax, std::fabs(x[c]));
-      sum += std::fabs(x[c]);
-    }
-    const float mean = sum / static_cast<float>(out.dim);
-    const bool wide = args.bits == 8;
-    const float factor = wide ? 127.0f / absmax : std::sqrt(7.0f) / (mean + 1e-5f);
-    const float least = wide ? -128.0f : -8.0f, most = wide ? 127.0f : 7.0f;
-    for (int64_t c = 0; c < out.dim; ++c) {
-      out.codes[r * out.stride + c] =
-          static_cast<int8_t>(std::clamp(std::nearbyint(x[c] * factor), least, most));
-    }
-    out.scales[r] = wide ? absmax / 127.0f : mean / std::sqrt(7.0f);
-  }
-}
-
-void SumSerially(const kernels::WeightedSumArgs& args, kernels::Executor&) {
-  for (int64_t r = 0; r < args.num_rows; ++r) {
-    float* out = args.out + r * args.dim;
-    if (!args.accumulate) std::fill(out, out + args.dim, 0.0f);
-    for (int32_t j = args.begin[r]; j < args.begin[r + 1]; ++j) {
-      for (int64_t c = 0; c < args.dim; ++c) {
-        const float term = args.terms[j][c];
-        out[c] += args.weights == nullptr ? term : args.weights[j] * term;
-      }
-    }
-  }
-}
 
 // The rank that serves `expert` to `asking` rank; experts have one or two replicas.
 int HolderOf(const ExchangeCase& c, int layer, int expert, int asking) {
@@ -64,12 +30,13 @@ kernels::QuantizedBuffer QuantizeBatch(const ExchangeCase& c, const RankBatch& b
     DecodeBf16(bytes.data(), x.size(), x.data());
   }
   kernels::QuantizedBuffer buffer(batch.num_rows, hidden);
-  kernels::Executor executor;
-  QuantizeSerially({.x = x.data(),
-                    .out = buffer.rows(batch.num_rows),
-                    .x_stride = hidden,
-                    .bits = c.options.act_bits},
-                   executor);
+  base::ThreadPool threads(1);
+  kernels::Executor executor{.threads = &threads};
+  kernels::SelectCpuKernels("")->quantize({.x = x.data(),
+                                           .out = buffer.rows(batch.num_rows),
+                                           .x_stride = hidden,
+                                           .bits = c.options.act_bits},
+                                          executor);
   return buffer;
 }
 
@@ -77,39 +44,7 @@ void AddScaled(const std::vector<float>& row, float weight, float* out) {
   for (size_t i = 0; i < row.size(); ++i) out[i] += weight * row[i];
 }
 
-// What the experts hand to CombineSend.
-std::vector<float> RunExperts(const ExchangeOptions& options, const ReceivedRows& received) {
-  const int64_t hidden = options.hidden;
-  std::vector<float> outputs((options.presum ? received.rows.size() : received.routes.size()) *
-                             hidden);
-  std::vector<float> one(hidden);
-  for (size_t i = 0; i < received.rows.size(); ++i) {
-    const ReceivedRow& row = received.rows[i];
-    for (int32_t j = row.first_route; j < row.first_route + row.num_routes; ++j) {
-      const Route& route = received.routes[j];
-      RunFakeExpert(route.expert, row.codes, row.scale, hidden, one.data());
-      if (options.presum) {
-        AddScaled(one, route.weight, &outputs[i * hidden]);
-      } else {
-        std::copy(one.begin(), one.end(), &outputs[j * hidden]);
-      }
-    }
-  }
-  return outputs;
-}
-
 }  // namespace
-
-const kernels::Kernels& TestKernels() {
-  static const kernels::Kernels kernels = [] {
-    kernels::Kernels table;
-    table.name = "test";
-    table.quantize = QuantizeSerially;
-    table.weighted_sum = SumSerially;
-    return table;
-  }();
-  return kernels;
-}
 
 RankBatch MakeBatch(const ExchangeCase& c, int layer, int rank) {
   std::mt19937 random(c.seed * 65537 + layer * 257 + rank);
@@ -158,6 +93,26 @@ void RunFakeExpert(ExpertId expert, const int8_t* codes, float scale, int64_t hi
   }
 }
 
+std::vector<float> RunFakeExperts(const ExchangeOptions& options, const ReceivedRows& received) {
+  const int64_t hidden = options.hidden;
+  std::vector<float> outputs((options.presum ? received.rows.size() : received.routes.size()) *
+                             hidden);
+  std::vector<float> one(hidden);
+  for (size_t i = 0; i < received.rows.size(); ++i) {
+    const ReceivedRow& row = received.rows[i];
+    for (int32_t j = row.first_route; j < row.first_route + row.num_routes; ++j) {
+      const Route& route = received.routes[j];
+      RunFakeExpert(route.expert, row.codes, row.scale, hidden, one.data());
+      if (options.presum) {
+        AddScaled(one, route.weight, &outputs[i * hidden]);
+      } else {
+        std::copy(one.begin(), one.end(), &outputs[j * hidden]);
+      }
+    }
+  }
+  return outputs;
+}
+
 std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank) {
   const int64_t hidden = c.options.hidden;
   const RankBatch batch = MakeBatch(c, layer, rank);
@@ -195,7 +150,7 @@ absl::Status RunRank(const ExchangeCase& c, Transport& transport,
                      std::vector<std::vector<float>>* outs) {
   base::ThreadPool threads(2);
   kernels::Executor executor{.threads = &threads};
-  Exchange exchange(c.options, &transport, &TestKernels(), &executor);
+  Exchange exchange(c.options, &transport, kernels::SelectCpuKernels(""), &executor);
   for (int layer = 0; layer < c.num_layers; ++layer) {
     const RankBatch batch = MakeBatch(c, layer, base::Index(transport.rank()));
     kernels::QuantizedBuffer codes = QuantizeBatch(c, batch, false);
@@ -203,7 +158,7 @@ absl::Status RunRank(const ExchangeCase& c, Transport& transport,
         exchange.DispatchSend(7, layer, MakePlan(c, batch), codes.rows(batch.num_rows),
                               exchange.NeedsNormed() ? batch.x.data() : nullptr));
     TERNION_ASSIGN_OR_RETURN(const ReceivedRows* received, exchange.DispatchRecv());
-    const std::vector<float> outputs = RunExperts(c.options, *received);
+    const std::vector<float> outputs = RunFakeExperts(c.options, *received);
     TERNION_RETURN_IF_ERROR(exchange.CombineSend(outputs.data()));
     outs->push_back(batch.residual);
     TERNION_RETURN_IF_ERROR(exchange.CombineRecv(outs->back().data()));

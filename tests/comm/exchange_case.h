@@ -7,7 +7,6 @@
 
 #include "absl/status/status.h"
 #include "comm/exchange.h"
-#include "kernels/kernels.h"
 
 namespace ternion::comm {
 
@@ -40,12 +39,12 @@ void RunFakeExpert(ExpertId expert, const int8_t* codes, float scale, int64_t hi
 // What a rank must get in one layer, computed without an exchange.
 std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank);
 
+// What the experts hand to CombineSend for `received`.
+std::vector<float> RunFakeExperts(const ExchangeOptions& options, const ReceivedRows& received);
+
 // Goes through all layers of the case as `transport`'s rank; (*outs)[layer] is what CombineRecv
 // left.
 absl::Status RunRank(const ExchangeCase& c, Transport& transport,
                      std::vector<std::vector<float>>* outs);
-
-// The serial ops that the exchange calls.
-const kernels::Kernels& TestKernels();
 
 }  // namespace ternion::comm

@@ -1,6 +1,12 @@
 // Started by mpirun: the MPI transport, and an exchange over it.
 #include "comm/mpi/mpi.h"
 
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
 #include "comm/collective.h"
 #include "gtest/gtest.h"
 #include "tests/comm/exchange_case.h"
@@ -8,7 +14,49 @@
 namespace ternion::comm {
 namespace {
 
-Transport* world = nullptr;
+std::unique_ptr<Transport> world;
+
+std::vector<RankId> Others() {
+  std::vector<RankId> others;
+  for (int rank = 0; rank < world->size(); ++rank) {
+    if (RankId{rank} != world->rank()) others.push_back(RankId{rank});
+  }
+  return others;
+}
+
+TEST(MpiTest, TheLauncherIsSeen) {
+  EXPECT_TRUE(LaunchedByMpi());
+  EXPECT_GT(world->size(), 1);
+  EXPECT_EQ(MakeMpiTransport().status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(MpiTest, RanksOfOneHostShareANode) {
+  for (RankId rank : Others()) EXPECT_EQ(world->ScopeOf(rank), TrafficScope::kIntraNode);
+  EXPECT_EQ(world->ScopeOf(world->rank()), TrafficScope::kSelf);
+}
+
+// Sizes on both sides of MPI's switch from eager to rendezvous, several under way at a time.
+TEST(MpiTest, MessagesKeepTheirOrderAndBytes) {
+  const size_t sizes[] = {0, 1, 4000, 65'536, 3'000'000, 17, 200'000};
+  for (size_t size : sizes) {
+    for (RankId to : Others()) {
+      Message message = world->Acquire(size);
+      std::memset(message.memory.data(), static_cast<int>(size % 251), size);
+      ASSERT_TRUE(world->Send(to, Phase::kCombine, std::move(message)).ok());
+    }
+  }
+  for (size_t size : sizes) {
+    std::vector<RankId> waiting = Others();
+    while (!waiting.empty()) {
+      auto arrival = world->Receive(waiting, Phase::kCombine);
+      ASSERT_TRUE(arrival.ok()) << arrival.status();
+      EXPECT_EQ(arrival->message.size_bytes, size);
+      for (uint8_t byte : arrival->message.bytes()) ASSERT_EQ(byte, size % 251);
+      EXPECT_EQ(std::erase(waiting, arrival->from), 1u);
+      world->Recycle(std::move(arrival->message));
+    }
+  }
+}
 
 TEST(MpiTest, ExchangeEqualsItsReference) {
   for (bool presum : {false, true}) {
@@ -23,28 +71,72 @@ TEST(MpiTest, ExchangeEqualsItsReference) {
                  .top_k = 3,
                  .num_experts = 8};
     c.num_layers = 5;
-    const int rank = base::Index(world->rank());
     std::vector<std::vector<float>> outs;
-    ASSERT_TRUE(RunRank(c, *world, &outs).ok());
+    const absl::Status status = RunRank(c, *world, &outs);
+    ASSERT_TRUE(status.ok()) << status;
     for (int layer = 0; layer < c.num_layers; ++layer) {
-      EXPECT_EQ(outs[layer], ReferenceOut(c, layer, rank)) << "layer " << layer;
+      EXPECT_EQ(outs[layer], ReferenceOut(c, layer, base::Index(world->rank()))) << layer;
     }
   }
 }
 
+TEST(MpiTest, Collectives) {
+  const int rank = base::Index(world->rank());
+  const std::string plan(300'000, 'p');
+  EXPECT_EQ(Broadcast(*world, rank == 0 ? plan : "").value(), plan);
+  const auto all = Gather(*world, std::string(rank, 'r'));
+  ASSERT_TRUE(all.ok()) << all.status();
+  for (size_t i = 0; i < all->size(); ++i) EXPECT_EQ((*all)[i], std::string(i, 'r'));
+  const absl::Status own = rank == 1 ? absl::DataLossError("shard 5 is damaged") : absl::Status();
+  EXPECT_EQ(AgreeOnStatus(*world, own), absl::DataLossError("rank 1: shard 5 is damaged"));
+  EXPECT_TRUE(AgreeOnStatus(*world, absl::OkStatus()).ok());
+}
+
+// Last: rank 1 leaves with a message unread, and those who wait for it learn so.
+TEST(MpiTest, ARankThatLeavesIsAnErrorToThoseThatWait) {
+  constexpr RankId kLeaver{1};
+  if (world->rank() == kLeaver) {
+    ASSERT_TRUE(world->Send(RankId{0}, Phase::kDispatch, world->Acquire(1'000'000)).ok());
+  } else {
+    Message never_read = world->Acquire(1'000'000);
+    ASSERT_TRUE(world->Send(kLeaver, Phase::kDispatch, std::move(never_read)).ok());
+    if (world->rank() == RankId{0}) {
+      EXPECT_TRUE(world->Receive({&kLeaver, 1}, Phase::kDispatch).ok());
+    }
+    const absl::Status status = world->Receive({&kLeaver, 1}, Phase::kDispatch).status();
+    EXPECT_TRUE(absl::IsUnavailable(status));
+    EXPECT_EQ(status.message(), "rank 1 is gone: it left");
+  }
+  world.reset();
+}
+
 }  // namespace
+
+// Rank 1 aborts while the others wait for it.
+int AbortOneRank() {
+  if (world->rank() == RankId{1}) world->Abort(absl::InternalError("broken on purpose"));
+  constexpr RankId kRank1{1};
+  return world->Receive({&kRank1, 1}, Phase::kDispatch).ok() ? 0 : 2;
+}
+
+int RunTests() {
+  const int failed = RUN_ALL_TESTS();
+  // The others may wait for this rank.
+  if (failed != 0 && world != nullptr) world->Abort(absl::InternalError("a test failed"));
+  return failed;
+}
+
 }  // namespace ternion::comm
 
-// A failed rank aborts the job, so that the others do not wait for it.
 int main(int argc, char** argv) {
+  using namespace ternion::comm;
   testing::InitGoogleTest(&argc, argv);
-  auto transport = ternion::comm::MakeMpiTransport();
+  auto transport = MakeMpiTransport();
   if (!transport.ok()) {
-    fprintf(stderr, "%s\n", transport.status().ToString().c_str());
+    std::fprintf(stderr, "%s\n", transport.status().ToString().c_str());
     return 1;
   }
-  ternion::comm::world = transport->get();
-  const int failed = RUN_ALL_TESTS();
-  if (failed != 0) (*transport)->Abort(absl::InternalError("a test failed"));
-  return failed;
+  world = *std::move(transport);
+  const bool abort = argc > 1 && std::string(argv[1]) == "--abort";
+  return abort ? AbortOneRank() : RunTests();
 }
