@@ -39,6 +39,11 @@ HTML_SOURCES = {  # package -> folder of its English pages
 }
 DICT_SOURCES = ["dict-gcide", "dict-foldoc", "dict-jargon", "dict-devil"]
 OTHER_SOURCES = ["bible-kjv", "bible-kjv-text", "perl-doc"]
+# Public domain or permissive: their held-out documents may be published with the model.
+PUBLISHABLE = {
+    "apache2-doc", "bible-kjv-text", "dict-devil", "dict-jargon", "postgresql-doc-15", "python-django-doc",
+    "python3.11-doc",
+}
 SAMPLED_BYTES = {"dict-gcide": 16_000_000}  # the dictionary would drown the prose otherwise
 
 
@@ -197,13 +202,14 @@ def sample(docs: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, s
 
 
 def split(docs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Whole documents: the first short ones, up to HELDOUT_BYTES, are held out."""
+    """Whole documents: the first short ones, up to HELDOUT_BYTES, are kept from training."""
     train, heldout, held_bytes = [], [], 0
-    for _, text in docs:
+    for package, text in docs:
         size = len(text.encode()) + 2
         if size < 20_000 and held_bytes + size <= HELDOUT_BYTES:
-            heldout.append(text)
             held_bytes += size
+            if package in PUBLISHABLE:
+                heldout.append(text)
         else:
             train.append(text)
     return train, heldout
