@@ -12,6 +12,7 @@
 #include "absl/strings/strip.h"
 #include "base/check.h"
 #include "base/status.h"
+#include "runtime/tokenizer_unicode.h"
 
 namespace ternion::runtime {
 namespace {
@@ -102,12 +103,12 @@ class Translator {
       case 'S':
         return Class(kNoSpace, 2);
       case 'd':
-        return Class("\\p{Nd}", 2);
+        return Property("Nd", /*is_negated=*/false, 2);
       case 'D':
-        return Class("\\P{Nd}", 2);
+        return Property("Nd", /*is_negated=*/true, 2);
       case 'p':
       case 'P':
-        return Property();
+        return NamedProperty();
       case 'x':
       case 'u':
         return CodePoint();
@@ -118,7 +119,7 @@ class Translator {
   }
 
   // \p{L}, \P{Lu}, \p{^N}, \p{Han}.
-  absl::Status Property() {
+  absl::Status NamedProperty() {
     const size_t end = rest_.find('}');
     if (rest_[2] != '{' || end == absl::string_view::npos) return Unsupported("this property");
     absl::string_view name = rest_.substr(3, end - 3);
@@ -127,10 +128,18 @@ class Translator {
                                      [](unsigned char c) { return std::isalpha(c) || c == '_'; })) {
       return Unsupported("this property");
     }
+    return Property(name, is_negated, end + 1);
+  }
+
+  absl::Status Property(absl::string_view name, bool is_negated, size_t length) {
     // Short names are general categories. A long one must be a script, where PCRE2 would take the
     // script's extensions too unless told not to.
     const absl::string_view kind = name.size() <= 2 ? "" : "sc:";
-    return Class(absl::StrCat(is_negated ? "\\P{" : "\\p{", kind, name, "}"), end + 1);
+    // A negated property in brackets counts the newer characters wrongly: there is no way to say
+    // it.
+    if (is_negated && in_class_) return Class(absl::StrCat("\\P{", kind, name, "}"), length);
+    return Class(absl::StrCat(is_negated ? "^" : "", "\\p{", kind, name, "}", NewerMembers(name)),
+                 length);
   }
 
   // \x{H...}, which PCRE2 checks, or \uHHHH.

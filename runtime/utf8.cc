@@ -3,12 +3,14 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <span>
 
 #include "base/check.h"
 
 namespace ternion::runtime {
 namespace {
 
+constexpr int32_t kBeforeHangulFinals = 0x11A7;
 constexpr char kReplacement[] = "\xEF\xBF\xBD";  // U+FFFD
 
 // The start of a character: how many of its bytes are there, and whether that is all of it.
@@ -82,6 +84,17 @@ void OrderMarks(std::vector<int32_t>* text) {
   }
 }
 
+// Composes decomposed, ordered text in place and appends it.
+void AppendComposed(std::span<int32_t> code_points, std::string* text) {
+  const utf8proc_ssize_t length = utf8proc_normalize_utf32(
+      code_points.data(), static_cast<utf8proc_ssize_t>(code_points.size()),
+      static_cast<utf8proc_option_t>(UTF8PROC_COMPOSE | UTF8PROC_STABLE));
+  TERNION_CHECK(length >= 0);
+  for (const int32_t code_point : code_points.first(static_cast<size_t>(length))) {
+    AppendCodePoint(code_point, text);
+  }
+}
+
 }  // namespace
 
 bool IsValidUtf8(absl::string_view bytes) {
@@ -139,13 +152,15 @@ std::string ToNfc(absl::string_view text) {
   if (is_inert) return std::string(text);
   std::vector<int32_t> code_points = Decompose(DecodeUtf8(text));
   OrderMarks(&code_points);
-  const utf8proc_ssize_t length = utf8proc_normalize_utf32(
-      code_points.data(), static_cast<utf8proc_ssize_t>(code_points.size()),
-      static_cast<utf8proc_option_t>(UTF8PROC_COMPOSE | UTF8PROC_STABLE));
-  TERNION_CHECK(length >= 0);
   std::string normalized;
   normalized.reserve(text.size());
-  for (utf8proc_ssize_t i = 0; i < length; ++i) AppendCodePoint(code_points[i], &normalized);
+  // U+11A7 composes with nothing, but utf8proc takes it for a Hangul final consonant: keep it out.
+  for (auto begin = code_points.begin(); begin != code_points.end();) {
+    const auto end = std::find(begin, code_points.end(), kBeforeHangulFinals);
+    AppendComposed({begin, end}, &normalized);
+    if (end != code_points.end()) AppendCodePoint(kBeforeHangulFinals, &normalized);
+    begin = end == code_points.end() ? end : end + 1;
+  }
   return normalized;
 }
 
