@@ -145,7 +145,17 @@ TEST(CollectiveTest, AgreeOnStatusGivesAllTheErrorOfTheLowestRank) {
     const absl::Status agreed = AgreeOnStatus(transport, own);
     EXPECT_EQ(agreed.code(), absl::StatusCode::kDataLoss);
     EXPECT_EQ(agreed.message(), "rank 2: shard 5 is damaged");
+    EXPECT_TRUE(IsAgreed(agreed));
+    EXPECT_FALSE(IsAgreed(absl::DataLossError("shard 5 is damaged")));
     return AgreeOnStatus(transport, absl::OkStatus());
+  });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+}
+
+TEST(CollectiveTest, AnErrorThatAllHaveNamesNoRank) {
+  const auto statuses = RunLoopback(3, [](Transport& transport) -> absl::Status {
+    EXPECT_EQ(AgreeOnStatus(transport, absl::NotFoundError("no file")).message(), "no file");
+    return absl::OkStatus();
   });
   for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
 }
