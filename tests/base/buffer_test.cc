@@ -1,0 +1,54 @@
+#include "base/buffer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "gtest/gtest.h"
+
+namespace ternion::base {
+namespace {
+
+TEST(Buffer, IsZeroedAndAligned) {
+  const size_t huge_page = size_t{2} << 20;
+  for (const size_t bytes : {size_t{1}, size_t{63}, size_t{64}, size_t{100001}, huge_page - 1,
+                             huge_page, huge_page + 1, 3 * huge_page}) {
+    Buffer buffer(bytes);
+    ASSERT_EQ(buffer.size(), bytes);
+    const size_t alignment = bytes < huge_page ? 64 : huge_page;
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % alignment, 0u) << bytes;
+    EXPECT_TRUE(
+        std::all_of(buffer.data(), buffer.data() + bytes, [](uint8_t b) { return b == 0; }));
+    std::memset(buffer.data(), 0xff, bytes);
+  }
+}
+
+TEST(Buffer, EmptyHasNoMemory) {
+  EXPECT_EQ(Buffer().data(), nullptr);
+  EXPECT_EQ(Buffer(0).size(), 0u);
+}
+
+TEST(Buffer, MovesItsMemory) {
+  for (const size_t bytes : {size_t{100}, size_t{5} << 20}) {
+    Buffer first(bytes);
+    first.data()[bytes - 1] = 42;
+    const uint8_t* data = first.data();
+    Buffer second = std::move(first);
+    EXPECT_EQ(second.data(), data);
+    EXPECT_EQ(second.data()[bytes - 1], 42);
+    Buffer third(7);
+    third = std::move(second);
+    EXPECT_EQ(third.data(), data);
+    EXPECT_EQ(third.size(), bytes);
+  }
+}
+
+TEST(Array, CountsElements) {
+  Array<int32_t> array(33);
+  EXPECT_EQ(array.size(), 33u);
+  array[32] = -5;
+  EXPECT_EQ(array.span().back(), -5);
+  EXPECT_EQ(array.data() + 32, &array[32]);
+}
+
+}  // namespace
+}  // namespace ternion::base
