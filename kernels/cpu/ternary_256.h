@@ -1,6 +1,7 @@
 // Ternary product with 256-bit vectors, shared by the AVX2 and AVX-VNNI variants. A block of codes
 // is two halves of 8 output rows x 4 columns per 2-bit field. Instr is how the variant multiplies:
 //
+//   kRows                 rows in a register tile (each takes two accumulators)
 //   kMaxSums              dot products that a Partial can take before it must be widened
 //   Add(Partial, codes, activations), Widen(Partial) -> int32 lanes
 //
@@ -17,9 +18,9 @@ template <typename Instr>
 struct Micro256 {
   static constexpr int kFields = 4;  // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
   static constexpr int kHalves = 2;
-  static constexpr int kMaxStreamedRows = 8;
-  static constexpr int kStreamRows = 4;
-  static constexpr int kTileRows = 4;
+  static constexpr int kMaxStreamedRows = 2 * Instr::kRows;
+  static constexpr int kStreamRows = Instr::kRows;
+  static constexpr int kTileRows = Instr::kRows;
   static constexpr int kTilePanels = 1;
   static constexpr int kPrefetchBytes = 64 * 96;
   static constexpr int64_t kMaxBlocks = Instr::kMaxSums / kFields;  // between two widenings
@@ -75,9 +76,14 @@ struct Micro256 {
   template <int kRows, bool kPacked>
   static void AddBlocks(const uint8_t* codes, const Rows& rows, int64_t num_blocks,
                         __m256i sums[kRows][kHalves]) {
-    __m256i partial[kRows][kHalves];
+    // Few rows have few chains of additions: more accumulators per row keep the multipliers busy.
+    constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+    __m256i partial[kChains][kRows][kHalves];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) partial[r][0] = partial[r][1] = _mm256_setzero_si256();
+      for (int r = 0; r < kRows; ++r) partial[c][r][0] = partial[c][r][1] = _mm256_setzero_si256();
+    }
 
     const int8_t* x = rows.x;
     for (int64_t b = 0; b < num_blocks; ++b) {
@@ -93,17 +99,21 @@ struct Micro256 {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const __m256i four = Broadcast(x + r * rows.row_stride + 4 * f);
-          partial[r][0] = Instr::Add(partial[r][0], half0, four);
-          partial[r][1] = Instr::Add(partial[r][1], half1, four);
+          __m256i(&sum)[kHalves] = partial[f % kChains][r];
+          sum[0] = Instr::Add(sum[0], half0, four);
+          sum[1] = Instr::Add(sum[1], half1, four);
         }
       }
       codes += kPacked ? kBlockSize : kUnpackedBlockSize;
       x += rows.block_stride;
     }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      sums[r][0] = _mm256_add_epi32(sums[r][0], Instr::Widen(partial[r][0]));
-      sums[r][1] = _mm256_add_epi32(sums[r][1], Instr::Widen(partial[r][1]));
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][0] = _mm256_add_epi32(sums[r][0], Instr::Widen(partial[c][r][0]));
+        sums[r][1] = _mm256_add_epi32(sums[r][1], Instr::Widen(partial[c][r][1]));
+      }
     }
   }
 
