@@ -1,3 +1,4 @@
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include "launcher/shapes.h"
 #include "runtime/config.h"
 #include "runtime/safetensors.h"
+#include "runtime/utf8.h"
 
 namespace ternion::launcher {
 namespace {
@@ -245,13 +247,9 @@ Json ByteTokenizer() {
     const bool printable =
         (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
     const int c = printable ? byte : next_stand_in++;
-    std::string utf8;
-    if (c < 0x80) {
-      utf8 = {static_cast<char>(c)};
-    } else {
-      utf8 = {static_cast<char>(0xc0 | c >> 6), static_cast<char>(0x80 | (c & 0x3f))};
-    }
-    vocab[utf8] = byte;
+    std::string stand_in;
+    runtime::AppendCodePoint(c, &stand_in);
+    vocab[stand_in] = byte;
   }
   const Json byte_level = {{"type", "ByteLevel"},
                            {"add_prefix_space", false},
