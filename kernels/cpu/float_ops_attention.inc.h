@@ -39,7 +39,9 @@ template <int G, int T>
 inline void ScoreTile(const float* q, const uint16_t* keys, int head_dim, float scale,
                       float* scores) {
   F32x16 sums[G][T];
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sums[g][t] = Zero();
   }
   for (int d = 0; d < head_dim; ++d) {
@@ -53,7 +55,9 @@ inline void ScoreTile(const float* q, const uint16_t* keys, int head_dim, float 
       for (int t = 0; t < T; ++t) sums[g][t] = sums[g][t] + x * k[t];
     }
   }
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       Store(sums[g][t] * Set1(scale), scores + g * kPageTokens + t * kLanes);
     }
@@ -86,7 +90,9 @@ template <int G, int T>
 inline void ValueTile(const float* weights, const PageView& page, int64_t begin, int64_t n,
                       const F32x16* factors, float* outs, int64_t padded_dim) {
   F32x16 sums[G][T];
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       sums[g][t] = Load(outs + g * padded_dim + begin + t * kLanes) * factors[g];
     }
@@ -105,7 +111,9 @@ inline void ValueTile(const float* weights, const PageView& page, int64_t begin,
       for (int t = 0; t < T; ++t) sums[g][t] = sums[g][t] + w * v[t];
     }
   }
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) Store(sums[g][t], outs + g * padded_dim + begin + t * kLanes);
   }
 }
@@ -124,6 +132,7 @@ inline void AttendPage(const float* q, const PageView& page, float scale, const 
     ScoreTile<G, 1>(queries, page.keys + token, page.head_dim, scale, state.weights + token);
   }
   F32x16 factors[G];
+#pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
     factors[g] = UpdateSoftmax(state.weights + g * kPageTokens, page.count,
                                state.largest + first + g, state.sums + (first + g) * kLanes);

@@ -7,6 +7,10 @@
 namespace ternion::kernels {
 namespace {
 
+// For steps of loops that keep arrays of sums in registers: an array that is passed to a call, even
+// one that is inlined later, stays in memory.
+#define TERNION_INLINE inline __attribute__((always_inline))
+
 // f(begin, count) for each 16 of n elements in ascending order; the last count may be smaller.
 template <typename F>
 inline void ForEachVector(int64_t n, F f) {

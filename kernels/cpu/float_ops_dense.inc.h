@@ -31,33 +31,49 @@ struct DenseView {
   int64_t y_stride;
 };
 
+// Adds the products of columns i .. i + n - 1.
+template <int R, int O, typename W>
+TERNION_INLINE void DotStep(const float* x, int64_t x_stride, const W* weights, int64_t columns,
+                            int64_t n, F32x16 (&sums)[R][O]) {
+  F32x16 w[O];
+#pragma GCC unroll 4
+  for (int o = 0; o < O; ++o) {
+    const W* p = weights + o * columns;
+    // Rows of weights are too short for the hardware to run ahead: ask for the next tile's.
+    if constexpr (R == 1) __builtin_prefetch(p + O * columns);
+    w[o] = LoadWeights(p, n);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const F32x16 v = LoadN(x + r * x_stride, n);
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) sums[r][o] = sums[r][o] + v * w[o];
+  }
+}
+
 // y[row + r][output + o] for R rows and O outputs.
 template <int R, int O, typename W>
 inline void DotTile(const DenseView<W>& view, int64_t row, int64_t output) {
-  const float* x = view.x + row * view.x_stride;
-  const W* weights = view.weights + output * view.columns;
+  const int64_t columns = view.columns;
+  const int64_t x_stride = view.x_stride;
+  const float* x = view.x + row * x_stride;
+  const W* weights = view.weights + output * columns;
   F32x16 sums[R][O];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int o = 0; o < O; ++o) sums[r][o] = Zero();
   }
-  ForEachVector(view.columns, [&](int64_t i, int64_t n) {
-    F32x16 w[O];
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    DotStep(x + i, x_stride, weights + i, columns, kLanes, sums);
+  }
+  if (i < columns) DotStep(x + i, x_stride, weights + i, columns, columns - i, sums);
+  float* y = view.y + row * view.y_stride + output;
 #pragma GCC unroll 4
-    for (int o = 0; o < O; ++o) {
-      const W* p = weights + o * view.columns + i;
-      // Rows of weights are too short for the hardware to run ahead: ask for the next tile's.
-      if constexpr (R == 1) __builtin_prefetch(p + O * view.columns);
-      w[o] = LoadWeights(p, n);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const F32x16 v = LoadN(x + r * view.x_stride + i, n);
-#pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) sums[r][o] = sums[r][o] + v * w[o];
-    }
-  });
   for (int r = 0; r < R; ++r) {
-    for (int o = 0; o < O; ++o) view.y[(row + r) * view.y_stride + output + o] = Sum(sums[r][o]);
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) y[r * view.y_stride + o] = Sum(sums[r][o]);
   }
 }
 
