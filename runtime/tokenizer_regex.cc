@@ -30,6 +30,17 @@ constexpr char kNoSpace[] =
     "\\x{200b}-\\x{2027}\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}"
     "\\x{3001}-\\x{10ffff}";
 
+// The newer characters of `property`, a general category ("L", "Lu") or "Han", as class content.
+std::string NewerMembers(absl::string_view property) {
+  std::string members;
+  for (const CategoryRange& range : kNewerCharacters) {
+    const bool is_han = range.first == 0x2B739 || range.first == 0x2EBF0 || range.first == 0x31350;
+    if (property == "Han" ? !is_han : !absl::StartsWith(range.category, property)) continue;
+    absl::StrAppend(&members, "\\x{", absl::Hex(range.first), "}-\\x{", absl::Hex(range.last), "}");
+  }
+  return members;
+}
+
 // Walks a pattern once, copying what means the same in both dialects.
 class Translator {
  public:
