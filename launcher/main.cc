@@ -24,11 +24,23 @@ void PrintError(const absl::Status& status) {
   std::fprintf(stderr, "ternion: error: %s\n", std::string(status.message()).c_str());
 }
 
+// What libraries throw, as a status: the other ranks must hear of it.
+absl::Status WithoutExceptions(const std::function<absl::Status()>& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("out of memory");
+  } catch (const std::exception& error) {
+    return absl::InternalError(error.what());
+  }
+}
+
 // Runs `body` on this rank. An error that all ranks agree on is printed once; one that only this rank has is
 // printed by it, and ends the others.
 int RunInWorld(const WorldOptions& options, const std::function<absl::Status(World&)>& body) {
   absl::StatusOr<std::unique_ptr<World>> world = World::Create(options);
-  const absl::Status status = world.ok() ? body(**world) : world.status();
+  const absl::Status status =
+      world.ok() ? WithoutExceptions([&] { return body(**world); }) : world.status();
   if (status.ok()) return 0;
   if (comm::IsAgreed(status)) {
     if (RankFromEnvironment() == 0) PrintError(status);
@@ -42,7 +54,7 @@ int RunInWorld(const WorldOptions& options, const std::function<absl::Status(Wor
 // Commands of one process: under mpirun, rank 0 does the work.
 int RunAlone(const std::function<absl::Status()>& body) {
   if (RankFromEnvironment() != 0) return 0;
-  const absl::Status status = body();
+  const absl::Status status = WithoutExceptions(body);
   if (status.ok()) return 0;
   PrintError(status);
   return kExitError;
@@ -155,12 +167,5 @@ int Main(int argc, char** argv) {
 int main(int argc, char** argv) {
   const int rank = ternion::launcher::RankFromEnvironment();
   ternion::base::InitLogging(rank > 0 ? absl::StrCat("rank ", rank) : "");
-  try {
-    return ternion::launcher::Main(argc, argv);
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "ternion: error: rank %d: out of memory\n", rank);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "ternion: error: rank %d: %s\n", rank, error.what());
-  }
-  return 1;
+  return ternion::launcher::Main(argc, argv);
 }

@@ -34,10 +34,11 @@ Json PhaseJson(const TrafficMeter& traffic, Phase phase) {
 // Adds the numbers of `from` into `to`, object by object.
 void AddNumbers(const Json& from, Json& to) {
   for (const auto& [key, value] : from.items()) {
+    Json& sum = to[key];
     if (value.is_object()) {
-      AddNumbers(value, to[key]);
+      AddNumbers(value, sum);
     } else {
-      to[key] = to.value(key, int64_t{0}) + value.get<int64_t>();
+      sum = (sum.is_null() ? 0 : sum.get<int64_t>()) + value.get<int64_t>();
     }
   }
 }
