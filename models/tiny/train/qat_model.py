@@ -12,6 +12,10 @@ from oracle.ops import activation, rms_norm, rope_tables, rotate, route
 from oracle.quant import quantize_rows, ternarize
 
 INIT_STD = 0.02
+# What o_proj and down_proj add to the residual stream must not drown the embedding, which starts at INIT_STD:
+# the sub-norms before them feed them rows of unit size. Their learning rate shrinks alike (train.py).
+RESIDUAL_SCALE = 1 / 8
+RESIDUAL_PROJECTIONS = ("o_proj", "down_proj")
 
 # Elementwise work is bound by memory, so that each of these is fused into one or two passes.
 fused_rms_norm = torch.compile(rms_norm)
@@ -61,8 +65,8 @@ class StraightThroughInt8(torch.autograd.Function):
         return grad.float(), None
 
 
-def matrix(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape) * INIT_STD)
+def matrix(*shape: int, scale: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * INIT_STD * scale)
 
 
 class Attention(nn.Module):
@@ -74,7 +78,7 @@ class Attention(nn.Module):
         self.q_proj = matrix(width, config.hidden_size)
         self.k_proj = matrix(kv_width, config.hidden_size)
         self.v_proj = matrix(kv_width, config.hidden_size)
-        self.o_proj = matrix(config.hidden_size, width)
+        self.o_proj = matrix(config.hidden_size, width, scale=RESIDUAL_SCALE)
         self.attn_sub_norm = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +111,7 @@ class Experts(nn.Module):
         self.gate = matrix(experts, hidden)
         self.gate_proj = matrix(experts, inner, hidden)
         self.up_proj = matrix(experts, inner, hidden)
-        self.down_proj = matrix(experts, hidden, inner)
+        self.down_proj = matrix(experts, hidden, inner, scale=RESIDUAL_SCALE)
         self.ffn_sub_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oracle.config import ModelConfig
-from qat_model import QatModel
+from qat_model import RESIDUAL_PROJECTIONS, RESIDUAL_SCALE, QatModel
 
 CONFIG = ModelConfig(
     model_type="bitnet_moe", vocab_size=4096, hidden_size=256, num_hidden_layers=4,
@@ -54,10 +54,16 @@ class Windows:
 
 
 def make_optimizer(model: QatModel) -> torch.optim.AdamW:
-    """Weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    """Weight decay on matrices only; the projections into the residual stream learn in their own scale."""
+    named = list(model.named_parameters())
+    residual = [p for n, p in named if n.endswith(RESIDUAL_PROJECTIONS)]
+    matrices = [p for n, p in named if p.dim() > 1 and not n.endswith(RESIDUAL_PROJECTIONS)]
+    vectors = [p for _, p in named if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0},
+        {"params": residual, "weight_decay": WEIGHT_DECAY, "lr_scale": RESIDUAL_SCALE},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
 
 
@@ -95,7 +101,7 @@ class Run:
     def advance(self, ids: Tensor, targets: Tensor, lr: float) -> tuple[float, float, Tensor]:
         """One optimizer step. Returns the loss, the balance loss and the expert loads."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         loss, balance, loads = self.model(ids.to(self.device), targets.to(self.device))
         (loss + BALANCE_WEIGHT * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
