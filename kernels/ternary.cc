@@ -74,6 +74,12 @@ __m128i PackRows(const Source& source, int64_t row, uint8_t* codes) {
   return threes;
 }
 
+// `threes` is the OR of c & (c >> 1) over codes c.
+bool NoThrees(__m128i threes) {
+  const __m128i found = _mm_and_si128(threes, _mm_set1_epi8(0x55));
+  return _mm_movemask_epi8(_mm_cmpeq_epi8(found, _mm_setzero_si128())) == 0xffff;
+}
+
 // Returns false when a code 3 was met.
 template <typename Source>
 bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end, uint8_t* codes) {
@@ -87,8 +93,56 @@ bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end, uint
       ++row;
     }
   }
-  const __m128i found = _mm_and_si128(threes, _mm_set1_epi8(0x55));
-  return _mm_movemask_epi8(_mm_cmpeq_epi8(found, _mm_setzero_si128())) == 0xffff;
+  return NoThrees(threes);
+}
+
+// Exchanges the bits of a under mask << shift with the bits of b under mask.
+void SwapBits(__m128i& a, __m128i& b, int shift, char mask) {
+  const __m128i differ =
+      _mm_and_si128(_mm_xor_si128(_mm_srli_epi16(a, shift), b), _mm_set1_epi8(mask));
+  a = _mm_xor_si128(a, _mm_slli_epi16(differ, shift));
+  b = _mm_xor_si128(b, differ);
+}
+
+// In: 16 bytes of each of four packed rows, four fields a byte. Out: v[i] is what MergeRows makes
+// of field i.
+void TransposeFields(__m128i v[4]) {
+  const __m128i low01 = _mm_unpacklo_epi32(v[0], v[1]), high01 = _mm_unpackhi_epi32(v[0], v[1]);
+  const __m128i low23 = _mm_unpacklo_epi32(v[2], v[3]), high23 = _mm_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm_unpacklo_epi64(low01, low23);  // dword 0 of every row
+  v[1] = _mm_unpackhi_epi64(low01, low23);
+  v[2] = _mm_unpacklo_epi64(high01, high23);
+  v[3] = _mm_unpackhi_epi64(high01, high23);
+  SwapBits(v[0], v[2], 4, 0x0f);
+  SwapBits(v[1], v[3], 4, 0x0f);
+  SwapBits(v[0], v[1], 2, 0x33);
+  SwapBits(v[2], v[3], 2, 0x33);
+}
+
+// RepackHf of a whole matrix whose packed rows are a multiple of 4: all fields in one pass, at
+// about the speed of a copy.
+bool RepackWhole(const uint8_t* packed, int64_t packed_rows, int64_t columns, uint8_t* codes) {
+  const int64_t num_blocks = base::CeilDiv(columns, kBlockColumns);
+  __m128i threes = _mm_setzero_si128();
+  for (int64_t row = 0; row < packed_rows; row += kRowsAtOnce) {
+    uint8_t* out[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t output = i * packed_rows + row;
+      out[i] = codes + output / kPanelRows * num_blocks * kBlockBytes + output % kPanelRows * 4;
+    }
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      __m128i v[4];
+      for (int i = 0; i < 4; ++i) {
+        v[i] = LoadRow(packed + (row + i) * columns, b * kBlockColumns, columns, 0);
+        threes = _mm_or_si128(threes, _mm_and_si128(v[i], _mm_srli_epi16(v[i], 1)));
+      }
+      TransposeFields(v);
+      for (int i = 0; i < 4; ++i) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(out[i] + b * kBlockBytes), v[i]);
+      }
+    }
+  }
+  return NoThrees(threes);
 }
 
 }  // namespace
@@ -108,18 +162,17 @@ void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end, int6
 bool RepackHf(const uint8_t* packed, int64_t rows, int64_t columns, int64_t row_begin,
               int64_t row_end, uint8_t* codes) {
   const int64_t packed_rows = base::CeilDiv(rows, 4);
+  const bool whole = row_begin == 0 && row_end == rows && rows == 4 * packed_rows;
+  if (whole && packed_rows % kRowsAtOnce == 0) {
+    return RepackWhole(packed, packed_rows, columns, codes);
+  }
   bool ternary = true;
-  // The four fields of a few packed rows go to four distant panels; taking them together reads the
-  // packed rows from memory once.
-  for (int64_t first = 0; first < packed_rows; first += kPanelRows) {
-    const int64_t last = std::min(first + kPanelRows, packed_rows);
-    for (int field = 0; field < 4; ++field) {
-      const int64_t first_row = field * packed_rows;
-      const HfSource source{packed, columns, first_row, _mm_cvtsi32_si128(2 * field)};
-      const int64_t begin = std::max(row_begin, first_row + first);
-      const int64_t end = std::min({row_end, rows, first_row + last});
-      ternary &= PackRowRange(source, begin, end, codes);
-    }
+  for (int field = 0; field < 4; ++field) {
+    const int64_t first_row = field * packed_rows;
+    const HfSource source{packed, columns, first_row, _mm_cvtsi32_si128(2 * field)};
+    const int64_t begin = std::max(row_begin, first_row);
+    const int64_t end = std::min({row_end, rows, first_row + packed_rows});
+    ternary &= PackRowRange(source, begin, end, codes);
   }
   return ternary;
 }
