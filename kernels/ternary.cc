@@ -138,7 +138,7 @@ bool RepackWhole(const uint8_t* packed, int64_t packed_rows, int64_t columns, ui
       }
       TransposeFields(v);
       for (int i = 0; i < 4; ++i) {
-        _mm_store_si128(reinterpret_cast<__m128i*>(out[i] + b * kBlockBytes), v[i]);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i] + b * kBlockBytes), v[i]);
       }
     }
   }
