@@ -1,6 +1,9 @@
 #include "comm/codec.h"
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -105,7 +108,7 @@ TEST(CodecTest, Bf16RoundsHalfToEven) {
   }
   const uint32_t nan_bits = 0x7F800001;  // whose top half alone would be infinity
   float nan;
-  memcpy(&nan, &nan_bits, 4);
+  std::memcpy(&nan, &nan_bits, 4);
   EXPECT_TRUE(std::isnan(RoundTrip(RowFormat::kBf16, {nan})[0]));
 }
 
@@ -123,12 +126,17 @@ TEST(CodecTest, ErrorsStayWithinTheBound) {
   }
 }
 
-TEST(CodecTest, ScalesCoverTheLargestElement) {
-  // Block maxima over many mantissas: a scale rounded down would need a code above the largest.
+TEST(CodecTest, ScalesAreTheLeastBf16ThatCoversTheLargestElement) {
   for (RowFormat format : {RowFormat::kInt8, RowFormat::kInt4}) {
     for (int i = 0; i < 2000; ++i) {
       const float x = 1 + static_cast<float>(i) / 2000;
-      EXPECT_NEAR(RoundTrip(format, {x})[0], x, ErrorBound(format, {x}, 0));
+      const float exact = x / (format == RowFormat::kInt8 ? 127.0f : 7.0f);
+      uint8_t bytes[3];
+      EncodeCombineRow(format, &x, 1, bytes);
+      uint16_t bits;
+      std::memcpy(&bits, bytes, sizeof(bits));
+      EXPECT_GE(std::bit_cast<float>(uint32_t{bits} << 16), exact);
+      EXPECT_LT(std::bit_cast<float>((uint32_t{bits} - 1) << 16), exact);
       EXPECT_EQ(RoundTrip(format, {-x})[0], -RoundTrip(format, {x})[0]);
     }
   }

@@ -1,4 +1,4 @@
-// Counts calls of operator new in a test binary that links counting_new.cc.
+// Counts calls of operator new and aligned_alloc in a test binary that links counting_new.cc.
 #pragma once
 
 #include <cstdint>
