@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "base/checked.h"
 #include "base/file.h"
+#include "base/random.h"
 #include "base/status.h"
 #include "launcher/commands.h"
 #include "launcher/progress.h"
@@ -29,17 +30,11 @@ using Entry = runtime::SafetensorsWriter::Entry;
 constexpr uint64_t kShardBytes = uint64_t{4} << 30;
 constexpr size_t kPieceBytes = size_t{1} << 20;
 
-// xoshiro-class quality is not needed here; SplitMix64 is one multiply-xor chain per 64 bits.
 class Random {
  public:
-  explicit Random(uint64_t seed) : state_(seed) {}
+  explicit Random(uint64_t seed) : seed_(seed) {}
 
-  uint64_t Next() {
-    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
+  uint64_t Next() { return base::RandomBits(seed_, index_++); }
   // Roughly normal, unit variance: a sum of four 16-bit uniforms.
   float Normal() {
     const uint64_t bits = Next();
@@ -49,7 +44,8 @@ class Random {
   }
 
  private:
-  uint64_t state_;
+  const uint64_t seed_;
+  uint64_t index_ = 0;
 };
 
 // How a tensor's bytes are drawn.

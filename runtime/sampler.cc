@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "base/random.h"
+
 namespace ternion::runtime {
 namespace {
 
@@ -15,13 +17,9 @@ int32_t ArgMax(std::span<const float> logits) {
   return best;
 }
 
-// Uniform in [0, 1) from (seed, position): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+// Uniform in [0, 1) from (seed, position).
 double Uniform(uint64_t seed, int64_t position) {
-  uint64_t z = seed + 0x9e3779b97f4a7c15u * (static_cast<uint64_t>(position) + 1);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  z ^= z >> 31;
-  return static_cast<double>(z >> 11) * 0x1p-53;
+  return static_cast<double>(base::RandomBits(seed, static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
 }
 
 struct Candidate {
