@@ -2,15 +2,16 @@
 
     python check_hf.py --ternion build/release/ternion
 
-Random `bitnet` and `qwen3_moe` models with the bitnet quantizer are written by transformers itself, loaded
+Random `bitnet` and `qwen3_moe` models with the bitnet quantizer are written by transformers, loaded
 by transformers, by the oracle and by `ternion eval`, and the logits are compared in float32:
 
   oracle without bf16 KV - HF: the same arithmetic in another order (TIGHT).
   ternion - oracle: the runtime's own contract, bf16 KV on both sides (TIGHT).
-  ternion - HF: the runtime keeps K and V as bf16, HF as fp32: a relative error of 2^-9 on each, and int8
-      codes that flip for it, which a random model amplifies to a few percent (LOOSE).
-The tokens are chosen so that nothing the oracle rounds lies near a tie; otherwise one flipped code would hide
-or fake an error under TIGHT. Errors are per token: RMS over the vocabulary, relative to the logits' RMS.
+  ternion - HF: the runtime keeps K and V as bf16, HF as fp32: a relative error of 2^-9 on each, and
+      int8 codes that flip for it, which a random model amplifies to a few percent (LOOSE).
+The tokens are chosen so that nothing the oracle rounds lies near a tie; otherwise one flipped code
+would hide or fake an error under TIGHT. Errors are per token: RMS over the vocabulary, relative to
+the RMS of the logits.
 """
 
 import argparse
@@ -22,7 +23,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # HF compiles its unpacking; eager is exact and quick
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # HF compiles its unpacking; eager is exact and quick
 
 import numpy as np
 import torch
@@ -39,9 +42,16 @@ TIGHT = 1e-4  # of the worst token
 LOOSE = 5e-2  # of the median token: a gate choice that flips spoils single tokens
 
 SHAPE = {
-    "vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "max_position_embeddings": 128, "torch_dtype": "float32",
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 
 
@@ -51,8 +61,15 @@ def bitnet_config() -> PretrainedConfig:
 
 def qwen3_moe_config() -> PretrainedConfig:
     return Qwen3MoeConfig(
-        **SHAPE, head_dim=20, intermediate_size=172, moe_intermediate_size=68, num_experts=6,
-        num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1, tie_word_embeddings=False,
+        **SHAPE,
+        head_dim=20,
+        intermediate_size=172,
+        moe_intermediate_size=68,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        tie_word_embeddings=False,
     )
 
 
@@ -105,8 +122,12 @@ def packed_state(model: torch.nn.Module, linear_class: str) -> dict[str, Tensor]
 def write_checkpoint(variant: Variant, out: Path) -> None:
     model = random_model(FAMILIES[variant.family]())
     model.config.quantization_config = {
-        "quant_method": "bitnet", "linear_class": variant.linear_class, "quantization_mode": variant.mode,
-        "modules_to_not_convert": ["lm_head", "mlp.gate"] if variant.family == "qwen3_moe" else ["lm_head"],
+        "quant_method": "bitnet",
+        "linear_class": variant.linear_class,
+        "quantization_mode": variant.mode,
+        "modules_to_not_convert": (
+            ["lm_head", "mlp.gate"] if variant.family == "qwen3_moe" else ["lm_head"]
+        ),
     }
     state = None if variant.mode == "online" else packed_state(model, variant.linear_class)
     model.save_pretrained(out, state_dict=state)
@@ -114,7 +135,9 @@ def write_checkpoint(variant: Variant, out: Path) -> None:
 
 @torch.no_grad()
 def hf_logits(model_dir: Path, ids: list[int]) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, torch_dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()(torch.tensor([ids])).logits[0].float().numpy()
 
 
@@ -125,7 +148,9 @@ def oracle_logits(model_dir: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
         ids = torch.randint(0, SHAPE["vocab_size"], (NUM_TOKENS,)).tolist()
         models = [GoldenModel(loaded, bf16_kv) for bf16_kv in (False, True)]
         exact, golden = (model.forward(ids).numpy() for model in models)
-        if all(m.code_margin >= MIN_CODE_MARGIN and m.gate_margin >= MIN_GATE_MARGIN for m in models):
+        if all(
+            m.code_margin >= MIN_CODE_MARGIN and m.gate_margin >= MIN_GATE_MARGIN for m in models
+        ):
             return ids, exact, golden
     raise RuntimeError("no ids without near-ties")
 
@@ -133,8 +158,20 @@ def oracle_logits(model_dir: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
 def ternion_logits(ternion: Path, model_dir: Path, ids: list[int]) -> np.ndarray:
     ids_file, logits_file = model_dir / "ids.json", model_dir / "logits.npy"
     ids_file.write_text(json.dumps(ids))
-    subprocess.run([ternion, "eval", "--model", model_dir, "--ids-file", ids_file, "--logits-out", logits_file],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            ternion,
+            "eval",
+            "--model",
+            model_dir,
+            "--ids-file",
+            ids_file,
+            "--logits-out",
+            logits_file,
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return np.load(logits_file)
 
 
@@ -146,13 +183,19 @@ def token_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 def report_tight(label: str, errors: np.ndarray) -> bool:
     good = bool(errors.max() <= TIGHT)
-    print(f"  {label:28s} worst token  {errors.max():.1e} (<= {TIGHT:.0e})  {'ok' if good else 'FAILED'}")
+    print(
+        f"  {label:28s} worst token  {errors.max():.1e} (<= {TIGHT:.0e})"
+        f"  {'ok' if good else 'FAILED'}"
+    )
     return good
 
 
 def report_loose(label: str, errors: np.ndarray) -> bool:
     good = bool(np.median(errors) <= LOOSE)
-    print(f"  {label:28s} median token {np.median(errors):.1e} (<= {LOOSE:.0e})  {'ok' if good else 'FAILED'}")
+    print(
+        f"  {label:28s} median token {np.median(errors):.1e} (<= {LOOSE:.0e})"
+        f"  {'ok' if good else 'FAILED'}"
+    )
     return good
 
 
@@ -175,8 +218,12 @@ def check(variant: Variant, ternion: Path | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ternion", type=Path, help="the built command; without it only oracle and HF meet")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ternion", type=Path, help="the built command; without it only oracle and HF meet"
+    )
     ternion = parser.parse_args().ternion
     torch.set_num_threads(1)
     variants = [Variant(family, *quantizer) for family in FAMILIES for quantizer in QUANTIZERS]

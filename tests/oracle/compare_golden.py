@@ -2,7 +2,8 @@
 
     python compare_golden.py FRESH COMMITTED
 
-JSON files must be equal; arrays may differ by the last bits that another CPU's vector code rounds differently.
+JSON files must be equal; arrays may differ by the last bits, which another CPU's vector code rounds
+otherwise.
 """
 
 import json
@@ -25,7 +26,10 @@ def close(fresh: np.ndarray, committed: np.ndarray) -> bool:
 
 def load_floats(path: Path) -> dict[str, np.ndarray]:
     """A safetensors file, with bf16 widened to fp32: NumPy has none."""
-    return {n: t.numpy() if t.dtype.itemsize != 2 else t.float().numpy() for n, t in load_file(path).items()}
+    return {
+        n: t.numpy() if t.dtype.itemsize != 2 else t.float().numpy()
+        for n, t in load_file(path).items()
+    }
 
 
 def same_file(fresh: Path, committed: Path) -> bool:
@@ -39,10 +43,15 @@ def same_file(fresh: Path, committed: Path) -> bool:
 
 def main() -> None:
     fresh, committed = Path(sys.argv[1]), Path(sys.argv[2])
-    names = [{p.relative_to(root) for p in root.rglob("*") if p.is_file()} for root in (fresh, committed)]
+    names = [
+        {p.relative_to(root) for p in root.rglob("*") if p.is_file()} for root in (fresh, committed)
+    ]
     wrong = [f"{name} exists on one side only" for name in names[0] ^ names[1]]
-    wrong += [f"{name} differs" for name in sorted(names[0] & names[1])
-              if not same_file(fresh / name, committed / name)]
+    wrong += [
+        f"{name} differs"
+        for name in sorted(names[0] & names[1])
+        if not same_file(fresh / name, committed / name)
+    ]
     print("\n".join(wrong) or f"{len(names[0])} golden files agree")
     sys.exit(bool(wrong))
 

@@ -39,38 +39,103 @@ class Case:
 
 
 DENSE = ModelConfig(
-    model_type="bitnet", vocab_size=131, hidden_size=72, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=3, head_dim=12, intermediate_size=150, hidden_act="relu2", rope_theta=500000.0,
-    bos_token_id=1, eos_token_id=2, quantization=QuantConfig(modules_to_not_convert=("lm_head",)),
+    model_type="bitnet",
+    vocab_size=131,
+    hidden_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=12,
+    intermediate_size=150,
+    hidden_act="relu2",
+    rope_theta=500000.0,
+    bos_token_id=1,
+    eos_token_id=2,
+    quantization=QuantConfig(modules_to_not_convert=("lm_head",)),
 )
 MOE = ModelConfig(
-    model_type="bitnet_moe", vocab_size=131, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-    bos_token_id=1, eos_token_id=2,
+    model_type="bitnet_moe",
+    vocab_size=131,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 ODD_MOE = replace(
-    MOE, hidden_size=120, num_attention_heads=6, num_key_value_heads=3, head_dim=20,
-    moe_intermediate_size=46, num_experts=7, num_experts_per_tok=3,
+    MOE,
+    hidden_size=120,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=20,
+    moe_intermediate_size=46,
+    num_experts=7,
+    num_experts_per_tok=3,
 )
 QWEN = replace(
-    MOE, model_type="qwen3_moe", hidden_size=72, head_dim=20, num_experts=5, num_experts_per_tok=3,
-    moe_intermediate_size=50, rms_norm_eps=1e-6, rope_theta=1000000.0,
+    MOE,
+    model_type="qwen3_moe",
+    hidden_size=72,
+    head_dim=20,
+    num_experts=5,
+    num_experts_per_tok=3,
+    moe_intermediate_size=50,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
 )
 CASES = [
     Case("bitnet_relu2_tied", DENSE, scale_dtype=torch.bfloat16),
-    Case("bitnet_bitlinear_untied", replace(DENSE, tie_word_embeddings=False, quantization=DIVIDING)),
-    Case("bitnet_online_bf16", replace(DENSE, num_hidden_layers=1, quantization=ONLINE), master_dtype=torch.bfloat16),
+    Case(
+        "bitnet_bitlinear_untied", replace(DENSE, tie_word_embeddings=False, quantization=DIVIDING)
+    ),
+    Case(
+        "bitnet_online_bf16",
+        replace(DENSE, num_hidden_layers=1, quantization=ONLINE),
+        master_dtype=torch.bfloat16,
+    ),
     Case("bitnet_moe_silu", MOE, num_tokens=24),
-    Case("bitnet_moe_odd_vocab1003", replace(ODD_MOE, vocab_size=1003, hidden_size=84, head_dim=14, norm_topk_prob=False)),
-    Case("bitnet_moe_shared_relu2", replace(ODD_MOE, hidden_act="relu2", shared_expert_intermediate_size=70,
-                                            num_experts=5, quantization=DIVIDING)),
-    Case("bitnet_moe_9heads_sharded", replace(ODD_MOE, hidden_size=180, num_attention_heads=9, num_hidden_layers=1,
-                                              tie_word_embeddings=False), num_shards=3),
-    Case("bitnet_moe_online_fp32", replace(MOE, num_hidden_layers=1, num_experts=3, moe_intermediate_size=30,
-                                           quantization=ONLINE)),
+    Case(
+        "bitnet_moe_odd_vocab1003",
+        replace(ODD_MOE, vocab_size=1003, hidden_size=84, head_dim=14, norm_topk_prob=False),
+    ),
+    Case(
+        "bitnet_moe_shared_relu2",
+        replace(
+            ODD_MOE,
+            hidden_act="relu2",
+            shared_expert_intermediate_size=70,
+            num_experts=5,
+            quantization=DIVIDING,
+        ),
+    ),
+    Case(
+        "bitnet_moe_9heads_sharded",
+        replace(
+            ODD_MOE,
+            hidden_size=180,
+            num_attention_heads=9,
+            num_hidden_layers=1,
+            tie_word_embeddings=False,
+        ),
+        num_shards=3,
+    ),
+    Case(
+        "bitnet_moe_online_fp32",
+        replace(
+            MOE, num_hidden_layers=1, num_experts=3, moe_intermediate_size=30, quantization=ONLINE
+        ),
+    ),
     Case("qwen3_moe_norm", QWEN),
-    Case("qwen3_moe_bitlinear_sharded", replace(QWEN, norm_topk_prob=False, tie_word_embeddings=False,
-                                                quantization=DIVIDING), num_shards=2),
+    Case(
+        "qwen3_moe_bitlinear_sharded",
+        replace(QWEN, norm_topk_prob=False, tie_word_embeddings=False, quantization=DIVIDING),
+        num_shards=2,
+    ),
 ]
 
 
@@ -95,7 +160,9 @@ class RandomModel:
         weight = self.normal(out, width, std=width**-0.5).to(self.case.master_dtype)
         encoded = encode_linear(name, weight, self.config.quantization)
         if f"{name}.weight_scale" in encoded:
-            encoded[f"{name}.weight_scale"] = encoded[f"{name}.weight_scale"].to(self.case.scale_dtype)
+            encoded[f"{name}.weight_scale"] = encoded[f"{name}.weight_scale"].to(
+                self.case.scale_dtype
+            )
         self.tensors |= encoded
 
     def add_mlp(self, prefix: str, inner: int) -> None:
@@ -153,24 +220,36 @@ def write_case(case: Case, out: Path) -> None:
     model_dir = out / case.name
     for seed in range(1, 2000):
         checkpoint.save(model_dir, case.config, RandomModel(case, seed).build(), case.num_shards)
-        ids = np.random.default_rng(seed).integers(0, case.config.vocab_size, case.num_tokens).tolist()
+        ids = (
+            np.random.default_rng(seed)
+            .integers(0, case.config.vocab_size, case.num_tokens)
+            .tolist()
+        )
         loaded = Checkpoint(model_dir)
         model = GoldenModel(loaded)
         logits = model.forward(ids)
-        if (model.gate_margin >= MIN_GATE_MARGIN and model.code_margin >= MIN_CODE_MARGIN
-                and loaded.rounding_margin() >= MIN_ROUNDING_MARGIN):
+        if (
+            model.gate_margin >= MIN_GATE_MARGIN
+            and model.code_margin >= MIN_CODE_MARGIN
+            and loaded.rounding_margin() >= MIN_ROUNDING_MARGIN
+        ):
             break
     else:
         raise RuntimeError(f"{case.name}: no seed without near-ties")
     (model_dir / "ids.json").write_text(json.dumps(ids) + "\n")
     np.save(model_dir / "logits.npy", logits.numpy())
     size = sum(f.stat().st_size for f in model_dir.iterdir())
-    print(f"{case.name}: seed {seed}, gate margin {model.gate_margin:.2g}, code margin {model.code_margin:.2g}, {size / 1e3:.0f} kB, "
-          f"|logits| up to {logits.abs().max():.1f}")
+    print(
+        f"{case.name}: seed {seed}, gate margin {model.gate_margin:.2g}, "
+        f"code margin {model.code_margin:.2g}, {size / 1e3:.0f} kB, "
+        f"|logits| up to {logits.abs().max():.1f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "golden")
     out = parser.parse_args().out
     torch.set_num_threads(1)

@@ -1,17 +1,26 @@
-"""Writes the tokenizer goldens: ids by HF `tokenizers` for the bundled tokenizer and for other styles.
+"""Writes the tokenizer goldens: ids by HF `tokenizers`, for the bundled tokenizer and other styles.
 
     python make_tokenizers.py [--out golden]
 
-OUT/tokenizer_cases.json belongs to models/tiny/tokenizer.json; OUT/tokenizers/<style>/ holds a small
-tokenizer.json of that style beside its cases.json. A case: text, ids without the post-processor's special
-tokens, and what the ids decode to without special tokens.
+OUT/tokenizer_cases.json belongs to models/tiny/tokenizer.json; OUT/tokenizers/<style>/ holds a
+small tokenizer.json of that style beside its cases.json. A case: text, ids without the
+post-processor's special tokens, and what the ids decode to without special tokens.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from tokenizer_texts import TEXTS, with_added
 
@@ -36,15 +45,20 @@ def split_then_bytes(*patterns: str) -> pre_tokenizers.Sequence:
     return pre_tokenizers.Sequence([*splits, byte_level()])
 
 
-def train(pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool = False, nfc: bool = False) -> Tokenizer:
+def train(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool = False, nfc: bool = False
+) -> Tokenizer:
     """A small BPE over the held-out text, with some merges for the other scripts."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     text = (TINY_DIR / "heldout.txt").read_text().splitlines(keepends=True)
     tokenizer.train_from_iterator(text[:600] + TEXTS * 8, trainer)
     return tokenizer
@@ -59,16 +73,20 @@ def gpt2() -> Tokenizer:
 def gpt2_prefix_space() -> Tokenizer:
     """Added tokens that swallow the spaces beside them, and one that must stand alone."""
     tokenizer = train(byte_level(add_prefix_space=True, use_regex=True))
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("<pad>", rstrip=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("<mask>", lstrip=True), AddedToken("<pad>", rstrip=True)]
+    )
     tokenizer.add_tokens([AddedToken("lone", single_word=True, normalized=False)])
     return tokenizer
 
 
 def llama3() -> Tokenizer:
-    """Whole words are looked up before merging: some words here have lost the merge that makes them."""
+    """Whole words are looked up before merging: some here have lost the merge that makes them."""
     tokenizer = train(split_then_bytes(LLAMA3_REGEX), ignore_merges=True)
     fields = json.loads(tokenizer.to_str())
-    fields["model"]["merges"] = [m for m in fields["model"]["merges"] if "".join(m) not in WORDS_WITHOUT_MERGE]
+    fields["model"]["merges"] = [
+        m for m in fields["model"]["merges"] if "".join(m) not in WORDS_WITHOUT_MERGE
+    ]
     tokenizer = Tokenizer.from_str(json.dumps(fields))
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     return tokenizer
@@ -78,7 +96,9 @@ def qwen() -> Tokenizer:
     """NFC; added tokens that are special, and ones that are not."""
     tokenizer = train(split_then_bytes(QWEN_REGEX), nfc=True)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<think>s", normalized=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<think>", normalized=False), AddedToken("<think>s", normalized=False)]
+    )
     return tokenizer
 
 
@@ -115,7 +135,9 @@ def save(tokenizer: Tokenizer, path: Path, merges_as_strings: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "golden")
     out = parser.parse_args().out
     tiny = Tokenizer.from_file(str(TINY_DIR / "tokenizer.json"))
@@ -126,7 +148,11 @@ def main() -> None:
         style_dir.mkdir(parents=True, exist_ok=True)
         save(make(), style_dir / "tokenizer.json", merges_as_strings=style.startswith("gpt2"))
         reloaded = Tokenizer.from_file(str(style_dir / "tokenizer.json"))
-        write_cases(reloaded, TEXTS + [t for token in added for t in with_added(token)], style_dir / "cases.json")
+        write_cases(
+            reloaded,
+            TEXTS + [t for token in added for t in with_added(token)],
+            style_dir / "cases.json",
+        )
 
 
 if __name__ == "__main__":

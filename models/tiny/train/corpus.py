@@ -41,7 +41,12 @@ DICT_SOURCES = ["dict-gcide", "dict-foldoc", "dict-jargon", "dict-devil"]
 OTHER_SOURCES = ["bible-kjv", "bible-kjv-text", "perl-doc"]
 # Public domain or permissive: their held-out documents may be published with the model.
 PUBLISHABLE = {
-    "apache2-doc", "bible-kjv-text", "dict-devil", "dict-jargon", "postgresql-doc-15", "python-django-doc",
+    "apache2-doc",
+    "bible-kjv-text",
+    "dict-devil",
+    "dict-jargon",
+    "postgresql-doc-15",
+    "python-django-doc",
     "python3.11-doc",
 }
 SAMPLED_BYTES = {"dict-gcide": 16_000_000}  # the dictionary would drown the prose otherwise
@@ -83,7 +88,9 @@ class ProseExtractor(HTMLParser):
 
 
 def read_text(path: Path) -> str:
-    data = gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
+    data = (
+        gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
+    )
     return data.decode("utf-8", errors="replace")
 
 
@@ -116,7 +123,11 @@ def dict_documents(root: Path, package: str) -> Iterator[str]:
         clean: Callable[[str], str] = unwrap
     else:
         separator = r"\n(?=[A-Za-z])"
-        clean = clean_gcide_entry if package == "dict-gcide" else lambda e: unwrap(re.sub(r"[{}]", "", e))
+        clean = (
+            clean_gcide_entry
+            if package == "dict-gcide"
+            else lambda e: unwrap(re.sub(r"[{}]", "", e))
+        )
     for entry in re.split(separator, text):
         yield clean(entry)
 
@@ -135,8 +146,12 @@ def bible_documents(unpacked: Path) -> Iterator[str]:
     """Chapters, printed by the package's own reader from its compressed file."""
     reader = unpacked / "bible-kjv/usr/bin/bible"
     data = unpacked / "bible-kjv-text/usr/lib"
-    out = subprocess.run([reader, "-f", "-l", "10000", "-p", data, "gen1:1-rev22:21"],
-                         capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [reader, "-f", "-l", "10000", "-p", data, "gen1:1-rev22:21"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     chapters: dict[str, list[str]] = {}
     for line in out.splitlines():
         verse = re.match(r"(\S+?)(\d+):(\d+)\s+(.*)", line.strip())
@@ -180,7 +195,9 @@ def deduplicate(docs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for package, doc in docs:
         kept = []
         for paragraph in doc.replace(DOC_SEPARATOR, " ").split("\n\n"):
-            digest = hashlib.blake2b(" ".join(paragraph.lower().split()).encode(), digest_size=12).digest()
+            digest = hashlib.blake2b(
+                " ".join(paragraph.lower().split()).encode(), digest_size=12
+            ).digest()
             if digest not in seen and is_prose(paragraph):
                 seen.add(digest)
                 kept.append(paragraph)

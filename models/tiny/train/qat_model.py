@@ -12,8 +12,8 @@ from oracle.ops import activation, rms_norm, rope_tables, rotate, route
 from oracle.quant import quantize_rows, ternarize
 
 INIT_STD = 0.02
-# What o_proj and down_proj add to the residual stream must not drown the embedding, which starts at INIT_STD:
-# the sub-norms before them feed them rows of unit size. Their learning rate shrinks alike (train.py).
+# What o_proj and down_proj add to the residual stream must not drown the embedding, which starts at
+# INIT_STD: the sub-norms feed them rows of unit size. Their learning rate shrinks alike (train.py).
 RESIDUAL_SCALE = 1 / 8
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj")
 
@@ -86,14 +86,22 @@ class Attention(nn.Module):
         config, (batch, length, _) = self.config, x.shape
         x = StraightThroughInt8.apply(x, dtype)
         q, k, v = (
-            F.linear(x, StraightThroughTernary.apply(w, dtype)).view(batch, length, -1, config.head_dim).transpose(1, 2)
+            F.linear(x, StraightThroughTernary.apply(w, dtype))
+            .view(batch, length, -1, config.head_dim)
+            .transpose(1, 2)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = fused_rotate(q, cos, sin).to(dtype), fused_rotate(k, cos, sin).to(dtype)
         groups = config.num_attention_heads // config.num_key_value_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
-        y = StraightThroughInt8.apply(fused_rms_norm(y, self.attn_sub_norm, config.rms_norm_eps), dtype)
+        y = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .reshape(batch, length, -1)
+        )
+        y = StraightThroughInt8.apply(
+            fused_rms_norm(y, self.attn_sub_norm, config.rms_norm_eps), dtype
+        )
         return F.linear(y, StraightThroughTernary.apply(self.o_proj, dtype)).float()
 
 
@@ -107,7 +115,11 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        experts, hidden, inner = (
+            config.num_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+        )
         self.gate = matrix(experts, hidden)
         self.gate_proj = matrix(experts, inner, hidden)
         self.up_proj = matrix(experts, inner, hidden)
@@ -115,14 +127,16 @@ class Experts(nn.Module):
         self.ffn_sub_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """x: fp32 [N, hidden], normed -> [N, hidden], the balance loss, the share of rows per expert [E]"""
+        """x: fp32 [N, hidden], normed -> [N, hidden], balance loss, share of rows per expert [E]"""
         config = self.config
         logits = x @ self.gate.T
         ids, weights = route(logits, config.num_experts_per_tok, config.norm_topk_prob)
         order = ids.flatten().argsort(stable=True)
         tokens = order // config.num_experts_per_tok
         counts = torch.bincount(ids.flatten(), minlength=config.num_experts)
-        rows = self.run(StraightThroughInt8.apply(x, dtype).index_select(0, tokens), counts.tolist(), dtype)
+        rows = self.run(
+            StraightThroughInt8.apply(x, dtype).index_select(0, tokens), counts.tolist(), dtype
+        )
         y = torch.zeros_like(x).index_add(0, tokens, rows * weights.flatten()[order, None])
         load = counts / counts.sum()
         balance = config.num_experts * (load * torch.softmax(logits, dim=-1).mean(dim=0)).sum()
@@ -130,7 +144,10 @@ class Experts(nn.Module):
 
     def run(self, rows: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
         """Each expert over its rows. [N*k, hidden], sorted by expert -> fp32 [N*k, hidden]"""
-        gate, up, down = (StraightThroughTernary.apply(w, dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        gate, up, down = (
+            StraightThroughTernary.apply(w, dtype)
+            for w in (self.gate_proj, self.up_proj, self.down_proj)
+        )
         gate_up = grouped_linear(rows, torch.cat([gate, up], dim=1), counts)
         inner = gated(self.config.hidden_act, gate_up, self.ffn_sub_norm, self.config.rms_norm_eps)
         return grouped_linear(StraightThroughInt8.apply(inner, dtype), down, counts).float()
@@ -145,7 +162,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp = Experts(config)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         h = h + self.self_attn(fused_rms_norm(h, self.input_layernorm, self.eps), cos, sin, dtype)
         x = fused_rms_norm(h, self.post_attention_layernorm, self.eps)
         y, balance, load = self.mlp(x.flatten(0, 1), dtype)
@@ -153,7 +172,7 @@ class Layer(nn.Module):
 
 
 class QatModel(nn.Module):
-    """Master weights fp32; matrix products in `dtype`; norms, gate, residual stream and loss in fp32."""
+    """Master weights, norms, gate, residual stream and loss in fp32; matrix products in `dtype`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -166,7 +185,8 @@ class QatModel(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, targets: int64 [B, T] -> mean cross-entropy (nats), balance loss (sum of layers), expert loads [layers, E]"""
+        """ids, targets: int64 [B, T] -> mean cross-entropy (nats), balance loss (sum over layers),
+        expert loads [layers, E]."""
         length = ids.shape[1]
         h = F.embedding(ids, self.embed_tokens)
         balances, loads = [], []

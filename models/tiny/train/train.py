@@ -20,9 +20,17 @@ from oracle.config import ModelConfig
 from qat_model import RESIDUAL_PROJECTIONS, RESIDUAL_SCALE, QatModel
 
 CONFIG = ModelConfig(
-    model_type="bitnet_moe", vocab_size=4096, hidden_size=256, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=64, moe_intermediate_size=256,
-    num_experts=16, num_experts_per_tok=2, max_position_embeddings=512,
+    model_type="bitnet_moe",
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    moe_intermediate_size=256,
+    num_experts=16,
+    num_experts_per_tok=2,
+    max_position_embeddings=512,
 )
 PEAK_LR = 2e-3
 WARMUP_STEPS = 60
@@ -45,16 +53,18 @@ class Windows:
     def batch(self, first: int, size: int) -> tuple[Tensor, Tensor]:
         """The ids of windows first.. of the run and their successors, int64 [size, length]."""
         order = np.random.default_rng([self.seed, first // self.count]).permutation(self.count)
-        windows = np.stack([
-            self.ids[w * self.length:(w + 1) * self.length + 1]
-            for w in order[[(first + i) % self.count for i in range(size)]]
-        ])
+        windows = np.stack(
+            [
+                self.ids[w * self.length : (w + 1) * self.length + 1]
+                for w in order[[(first + i) % self.count for i in range(size)]]
+            ]
+        )
         rows = torch.from_numpy(windows.astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
 
 def make_optimizer(model: QatModel) -> torch.optim.AdamW:
-    """Weight decay on matrices only; the projections into the residual stream learn in their own scale."""
+    """Weight decay on matrices only; residual projections learn in their own scale."""
     named = list(model.named_parameters())
     residual = [p for n, p in named if n.endswith(RESIDUAL_PROJECTIONS)]
     matrices = [p for n, p in named if p.dim() > 1 and not n.endswith(RESIDUAL_PROJECTIONS)]
@@ -69,7 +79,12 @@ def make_optimizer(model: QatModel) -> torch.optim.AdamW:
 
 def learning_rate(step: int, progress: float) -> float:
     """Warm-up by steps, then cosine to zero over the run's time. progress in [0, 1]"""
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        PEAK_LR
+        * min(1.0, (step + 1) / WARMUP_STEPS)
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 class Run:
@@ -85,8 +100,12 @@ class Run:
 
     def save(self) -> None:
         state = {
-            "config": CONFIG, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "step": self.step, "elapsed_s": self.elapsed_s, "tokens": self.tokens,
+            "config": CONFIG,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "tokens": self.tokens,
         }
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
@@ -111,12 +130,25 @@ class Run:
         self.tokens += ids.numel()
         return loss.item(), balance.item(), loads
 
-    def log(self, losses: list[float], balance: float, loads: Tensor, lr: float, seconds: float, tokens: int) -> None:
+    def log(
+        self,
+        losses: list[float],
+        balance: float,
+        loads: Tensor,
+        lr: float,
+        seconds: float,
+        tokens: int,
+    ) -> None:
         row = {
-            "step": self.step, "elapsed_s": round(self.elapsed_s), "tokens": self.tokens,
-            "loss": round(sum(losses) / len(losses), 4), "balance": round(balance, 4), "lr": f"{lr:.3g}",
+            "step": self.step,
+            "elapsed_s": round(self.elapsed_s),
+            "tokens": self.tokens,
+            "loss": round(sum(losses) / len(losses), 4),
+            "balance": round(balance, 4),
+            "lr": f"{lr:.3g}",
             "tokens_per_s": round(tokens / seconds),
-            "max_load": round(loads.max().item(), 4), "min_load": round(loads.min().item(), 4),
+            "max_load": round(loads.max().item(), 4),
+            "min_load": round(loads.min().item(), 4),
         }
         new = not self.log_path.exists()
         with self.log_path.open("a", newline="") as file:
@@ -133,7 +165,9 @@ def train(run: Run, windows: Windows, batch_size: int, total_s: float) -> None:
     spent_before = run.elapsed_s
     while run.elapsed_s < total_s:
         lr = learning_rate(run.step, run.elapsed_s / total_s)
-        loss, balance, loads = run.advance(*windows.batch(run.tokens // windows.length, batch_size), lr)
+        loss, balance, loads = run.advance(
+            *windows.batch(run.tokens // windows.length, batch_size), lr
+        )
         losses.append(loss)
         now = time.monotonic()
         run.elapsed_s = spent_before + now - start
@@ -148,7 +182,9 @@ def train(run: Run, windows: Windows, batch_size: int, total_s: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=4, help="windows per step")

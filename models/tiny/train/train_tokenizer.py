@@ -24,10 +24,12 @@ PRE_TOKENIZER = (
 
 def untrained() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
@@ -36,7 +38,9 @@ def untrained() -> Tokenizer:
 def train(text: list[str]) -> Tokenizer:
     tokenizer = untrained()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], show_progress=False,
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(text, trainer)
@@ -48,7 +52,7 @@ def encode(tokenizer: Tokenizer, docs: list[str], batch: int = 1000) -> np.ndarr
     end = tokenizer.token_to_id(END_OF_TEXT)
     parts = []
     for first in range(0, len(docs), batch):
-        for encoding in tokenizer.encode_batch_fast(docs[first:first + batch]):
+        for encoding in tokenizer.encode_batch_fast(docs[first : first + batch]):
             parts.append(np.array([end, *encoding.ids], dtype=np.uint16))
     return np.concatenate(parts)
 

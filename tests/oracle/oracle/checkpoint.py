@@ -1,4 +1,4 @@
-"""Hugging Face model directories: written by the trainer and the golden generator, read by the golden model."""
+"""Hugging Face model directories, as the trainer and the golden generator write them."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,16 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def save(model_dir: Path, config: ModelConfig, tensors: dict[str, Tensor], num_shards: int = 1) -> None:
-    """Writes config.json, generation_config.json and the tensors, over num_shards files with an index."""
+def save(
+    model_dir: Path, config: ModelConfig, tensors: dict[str, Tensor], num_shards: int = 1
+) -> None:
+    """Writes config.json, generation_config.json and the tensors, in num_shards files."""
     model_dir.mkdir(parents=True, exist_ok=True)
     write_json(model_dir / "config.json", config.to_json())
-    write_json(model_dir / "generation_config.json",
-               {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
+    write_json(
+        model_dir / "generation_config.json",
+        {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
+    )
     if num_shards == 1:
         save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
         return
@@ -43,7 +47,9 @@ def save(model_dir: Path, config: ModelConfig, tensors: dict[str, Tensor], num_s
         save_file(part, model_dir / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(model_dir / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        model_dir / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
 
 
 class Checkpoint:
@@ -79,6 +85,12 @@ class Checkpoint:
         return TernaryWeight(unpack(weight, out), 1.0 / scale if divides else scale)
 
     def rounding_margin(self) -> float:
-        """Online master weights: the least distance of any |W|/g from 1/2, where a code would flip."""
-        masters = [t.float() for n, t in self._tensors.items() if n.endswith("_proj.weight") and t.is_floating_point()]
-        return min((float(((w / absmean_scale(w)).abs() - 0.5).abs().min()) for w in masters), default=1.0)
+        """Online master weights: least distance of any |W|/g from 1/2, where a code would flip."""
+        masters = [
+            t.float()
+            for n, t in self._tensors.items()
+            if n.endswith("_proj.weight") and t.is_floating_point()
+        ]
+        return min(
+            (float(((w / absmean_scale(w)).abs() - 0.5).abs().min()) for w in masters), default=1.0
+        )

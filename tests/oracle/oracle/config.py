@@ -21,8 +21,11 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "gate")
 
     def to_json(self) -> dict:
-        return {"quant_method": "bitnet", **dataclasses.asdict(self),
-                "modules_to_not_convert": list(self.modules_to_not_convert)}
+        return {
+            "quant_method": "bitnet",
+            **dataclasses.asdict(self),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
 
     @classmethod
     def from_json(cls, fields: dict) -> "QuantConfig":
@@ -73,8 +76,11 @@ class ModelConfig:
         fields = dataclasses.asdict(self)
         del fields["quantization"]
         if self.model_type == "bitnet":
-            fields = {k: v for k, v in fields.items() if "exper" not in k and k != "moe_intermediate_size"
-                      and k != "norm_topk_prob"}
+            fields = {
+                k: v
+                for k, v in fields.items()
+                if "exper" not in k and k != "moe_intermediate_size" and k != "norm_topk_prob"
+            }
         if self.model_type == "bitnet_moe":
             del fields["intermediate_size"]
             fields |= {"act_bits": 8, "kv_bits": 16}

@@ -29,8 +29,12 @@ class GoldenModel:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.bf16_kv = bf16_kv
-        self.gate_margin = math.inf  # least gap between the last chosen and the first refused gate logit
-        self.code_margin = math.inf  # least relative distance from a tie in anything that was rounded
+        self.gate_margin = (
+            math.inf
+        )  # least gap between the last chosen and the first refused gate logit
+        self.code_margin = (
+            math.inf
+        )  # least relative distance from a tie in anything that was rounded
 
     @torch.no_grad()
     def forward(self, ids: list[int]) -> Tensor:
@@ -42,7 +46,11 @@ class GoldenModel:
             h = h + self._attention(prefix, self._norm(prefix + "input_layernorm", h))
             h = h + self._feed_forward(prefix, self._norm(prefix + "post_attention_layernorm", h))
         h = self._norm("model.norm", h)
-        head = embeddings if self.config.tie_word_embeddings else self.checkpoint.floats("lm_head.weight")
+        head = (
+            embeddings
+            if self.config.tie_word_embeddings
+            else self.checkpoint.floats("lm_head.weight")
+        )
         return h @ head.T
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
@@ -95,20 +103,26 @@ class GoldenModel:
         y = self._experts(prefix, x, rows)
         if config.shared_expert_intermediate_size:
             shared = prefix + "shared_expert."
-            y += self._expert(shared, config.shared_expert_intermediate_size, shared + "ffn_sub_norm", rows)
+            y += self._expert(
+                shared, config.shared_expert_intermediate_size, shared + "ffn_sub_norm", rows
+            )
         return y
 
-    def _expert(self, prefix: str, inner_size: int, sub_norm: str, rows: tuple[Tensor, Tensor]) -> Tensor:
+    def _expert(
+        self, prefix: str, inner_size: int, sub_norm: str, rows: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """One gated MLP. rows: codes and scales of [n, hidden] -> [n, hidden]"""
         gate = self.checkpoint.linear(prefix + "gate_proj", inner_size)
         up = self.checkpoint.linear(prefix + "up_proj", inner_size)
         inner = activation(self.config.hidden_act, gate(rows)) * up(rows)
         if self.config.has_sub_norms:
             inner = self._norm(sub_norm, inner)
-        return self.checkpoint.linear(prefix + "down_proj", self.config.hidden_size)(self._quantize(inner))
+        return self.checkpoint.linear(prefix + "down_proj", self.config.hidden_size)(
+            self._quantize(inner)
+        )
 
     def _experts(self, prefix: str, x: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """Routed experts, summed in ascending expert id. The gate reads x, the experts its codes."""
+        """Routed experts, summed in ascending id. The gate reads x, the experts its codes."""
         config = self.config
         logits = x @ self.checkpoint.floats(prefix + "gate.weight").T
         self._watch_margin(logits)
@@ -119,7 +133,9 @@ class GoldenModel:
             if len(tokens):
                 chosen = (rows[0][tokens], rows[1][tokens])
                 name = f"{prefix}experts.{expert}."
-                out = self._expert(name, config.moe_intermediate_size, prefix + "ffn_sub_norm", chosen)
+                out = self._expert(
+                    name, config.moe_intermediate_size, prefix + "ffn_sub_norm", chosen
+                )
                 y[tokens] += out * weights[tokens, slots, None]
         return y
 

@@ -29,7 +29,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, then top-k; among equals the lower id. [T, E] -> ids, weights [T, k]"""
+    """Softmax over all, then top-k; among equals the lower id. [T, E] -> ids, weights [T, k]"""
     probs = torch.softmax(logits.float(), dim=-1)
     weights, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     weights, ids = weights[:, :top_k], ids[:, :top_k]

@@ -1,4 +1,4 @@
-"""Ternary weights (BitNet b1.58, arXiv 2402.17764), int8 rows, and the packing of HF transformers."""
+"""Ternary weights (BitNet b1.58, arXiv 2402.17764), int8 rows, and HF transformers' packing."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,25 @@ def absmean_scale(weight: Tensor) -> Tensor:
 
 
 def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in {-1, 0, 1} (as float) and the scale g. [..., out, in] -> [..., out, in], [..., 1, 1]"""
+    """Codes in {-1, 0, 1} (as float) and g. [..., out, in] -> [..., out, in], [..., 1, 1]"""
     scale = absmean_scale(weight)
     return (weight / scale).round().clamp(-1, 1), scale
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes (as float) and s = 127 / absmax of each row; x is about codes / s. [..., n] -> [..., n], [..., 1]"""
+    """int8 codes (as float) and s = 127 / absmax of each row, so that x is about codes / s.
+
+    [..., n] -> [..., n], [..., 1]
+    """
     scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_SCALE)
     return (x * scale).round().clamp(-128, 127), scale
 
 
 def pack(codes: Tensor) -> Tensor:
-    """HF's layout: [out, in] codes -> uint8 [ceil(out/4), in]; bits 2i of row r are output row i*ceil(out/4) + r."""
+    """[out, in] codes -> uint8 [rows, in], rows = ceil(out/4).
+
+    HF's layout: bits 2i and 2i+1 of packed row r are output row i * rows + r, as code + 1.
+    """
     out, width = codes.shape
     rows = -(-out // FIELDS_PER_BYTE)
     fields = torch.zeros(FIELDS_PER_BYTE * rows, width, dtype=torch.uint8)
@@ -50,7 +56,10 @@ class TernaryWeight:
     g: Tensor  # fp32 scalar
 
     def __call__(self, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """rows: what quantize_rows returned. Sums of integers below 2^24 are exact in fp32, whatever their order."""
+        """rows: what quantize_rows returned.
+
+        Integer sums below 2^24 are exact in fp32, whatever their order.
+        """
         codes, scale = rows
         assert 128 * codes.shape[-1] < 2**24
         return codes @ self.codes.T * self.g / scale
