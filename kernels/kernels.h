@@ -148,7 +148,9 @@ struct KvStoreArgs {
 
 // Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page table:
 // out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a prefill and
-// single decode steps give the same bits).
+// single decode steps give the same bits). Scores are summed over head_dim, and values over tokens, one
+// after the other in ascending order. heads / kv_heads * (head_dim + 32) + 512 floats fit into a
+// thread's scratch.
 struct AttentionArgs {
   const float* q = nullptr;               // [num_rows, q_stride], heads * head_dim columns
   const KvPage* const* pages = nullptr;   // [num_rows] page table of the row's sequence
@@ -164,7 +166,8 @@ struct AttentionArgs {
 };
 
 // Softmax over each row's logits in fp32, then the k largest (ties: the lower index), in descending
-// order. `renormalize` divides the chosen weights by their sum.
+// order. `renormalize` divides the chosen weights by their sum. num_experts floats fit into a thread's
+// scratch.
 struct GateTopKArgs {
   const float* logits = nullptr;  // [num_rows, num_experts]
   int32_t* ids = nullptr;         // [num_rows, k]
