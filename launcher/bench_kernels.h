@@ -13,9 +13,11 @@ struct BenchKernelsOptions {
   std::string json_path;  // empty: the table only
 };
 
-// Prints a table and writes the JSON file (docs/bench.md). Weights are read from memory, not from a
-// cache: they rotate through a buffer of up to 2 GiB. Every line carries its percentage of the
-// bandwidth and of the peak measured in the same run. Takes about ten seconds.
+// Prints a table; with `json_path`, writes the same as one JSON object. Weights come from memory,
+// not from a cache: they rotate through a buffer of up to 2 GiB. Every line carries its percentage
+// of the read bandwidth and of the peak of the dot product instruction, measured while that line
+// was. Takes about 20 seconds. InvalidArgument when this machine lacks `isa`, or the error of
+// writing the file.
 absl::Status BenchKernels(const BenchKernelsOptions& options);
 
 }  // namespace ternion::launcher
