@@ -43,39 +43,54 @@ inline __m512i Field(__m512i block, int f) {
   return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(3 << (f % kPlaces * 2))));
 }
 
+// acc += one block of codes . kRows rows of 16 activations at x.
 template <int kRows, int kPlaces>
-__attribute__((noinline)) void StreamRows(const StreamArgs& a) {
-  __m512i acc[kRows][kPlaces];
+__attribute__((always_inline)) inline void AddBlock(__m512i (&acc)[kRows][kPlaces],
+                                                    const uint8_t* codes, const int8_t* x) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
+  const __m512i block = _mm512_loadu_si512(codes);
+  __m512i fields[kFields];
+#pragma GCC unroll 4
+  for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < kPlaces; ++p) acc[r][p] = _mm512_setzero_si512();
+    for (int f = 0; f < kFields; ++f) {
+      AddDot(acc[r][f % kPlaces], fields[f], x + 16 * r + 4 * f);
+    }
+}
 
-  const int8_t* x = a.x;
-  const uint8_t* const end = a.codes + 64 * a.num_blocks;
-  for (const uint8_t* codes = a.codes; codes < end; codes += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
-    const __m512i block = _mm512_loadu_si512(codes);
-    __m512i fields[kFields];
-#pragma GCC unroll 4
-    for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
+// Every kTurns-th block adds to the same accumulators: one row alone has too few chains of
+// additions to keep the multipliers busy.
+template <int kRows, int kPlaces, int kTurns>
+__attribute__((noinline)) void StreamRows(const StreamArgs& a) {
+  __m512i acc[kTurns][kRows][kPlaces];
+#pragma GCC unroll 2
+  for (int t = 0; t < kTurns; ++t)
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int f = 0; f < kFields; ++f) {
-        AddDot(acc[r][f % kPlaces], fields[f], x + 16 * r + 4 * f);
-      }
-    x += 16 * kRows;
+      for (int p = 0; p < kPlaces; ++p) acc[t][r][p] = _mm512_setzero_si512();
+
+  const uint8_t* codes = a.codes;
+  const int8_t* x = a.x;
+  const uint8_t* const end = codes + 64 * a.num_blocks;
+  for (; codes + 64 * (kTurns - 1) < end; codes += 64 * kTurns, x += 16 * kRows * kTurns) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kTurns; ++t) AddBlock(acc[t], codes + 64 * t, x + 16 * kRows * t);
   }
+  if (codes < end) AddBlock(acc[0], codes, x);
 
   const __mmask16 mask = OutputMask(a.out.num_outputs);
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
-    __m512i dot = acc[r][0];
+    __m512i dot = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int t = 0; t < kTurns; ++t)
 #pragma GCC unroll 4
-    for (int p = 1; p < kPlaces; ++p) {
-      dot = _mm512_add_epi32(dot, _mm512_srai_epi32(acc[r][p], 2 * p));
-    }
+      for (int p = 0; p < kPlaces; ++p) {
+        dot = _mm512_add_epi32(dot, _mm512_srai_epi32(acc[t][r][p], 2 * p));
+      }
     StoreOutputs(a.out, r, a.out.y + r * a.out.y_stride, mask, dot);
   }
 }
@@ -152,8 +167,9 @@ struct Micro {
   template <int kRows = kStreamRows>
   static void Stream(const StreamArgs& a) {
     constexpr int kPlaces = kRows <= 7 ? 4 : kRows <= 12 ? 2 : 1;
+    constexpr int kTurns = kRows == 1 ? 2 : 1;
     if (a.out.num_rows == kRows) {
-      StreamRows<kRows, kPlaces>(a);
+      StreamRows<kRows, kPlaces, kTurns>(a);
     } else if constexpr (kRows > 1) {
       Stream<kRows - 1>(a);
     }
