@@ -40,7 +40,7 @@ TERNION_INLINE void DotStep(const float* x, int64_t x_stride, const W* weights, 
   for (int o = 0; o < O; ++o) {
     const W* p = weights + o * columns;
     // Rows of weights are too short for the hardware to run ahead: ask for the next tile's.
-    if constexpr (R == 1) __builtin_prefetch(p + O * columns);
+    __builtin_prefetch(p + O * columns);
     w[o] = LoadWeights(p, n);
   }
 #pragma GCC unroll 4
@@ -82,6 +82,7 @@ template <int O, typename W>
 inline void DotRows(const DenseView<W>& view, int64_t begin, int64_t end, int64_t output) {
   int64_t row = begin;
   for (; row + kTileRows <= end; row += kTileRows) DotTile<kTileRows, O>(view, row, output);
+  for (; row + 2 <= end; row += 2) DotTile<2, O>(view, row, output);
   for (; row < end; ++row) DotTile<1, O>(view, row, output);
 }
 
