@@ -83,12 +83,14 @@ absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& b
   for (RankId to : OtherRanks(transport)) {
     TERNION_RETURN_IF_ERROR(SendBytes(transport, to, bytes));
   }
+  TERNION_RETURN_IF_ERROR(transport.Flush());
   return bytes;
 }
 
 absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std::string& bytes) {
   if (transport.rank() != kRoot) {
     TERNION_RETURN_IF_ERROR(SendBytes(transport, kRoot, bytes));
+    TERNION_RETURN_IF_ERROR(transport.Flush());
     return std::vector<std::string>();
   }
   std::vector<std::string> gathered(transport.size());
@@ -114,8 +116,7 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
     // Which rank it is matters only where ranks differ.
     const bool alike = std::count(statuses.begin(), statuses.end(), statuses[rank]) ==
                        static_cast<int64_t>(statuses.size());
-    outcome = EncodeStatus(
-        alike ? of_rank : base::Annotate(of_rank, absl::StrCat("rank ", rank)));
+    outcome = EncodeStatus(alike ? of_rank : base::Annotate(of_rank, absl::StrCat("rank ", rank)));
   }
   TERNION_ASSIGN_OR_RETURN(outcome, Broadcast(transport, outcome));
   absl::Status agreed = DecodeStatus(outcome);
@@ -123,8 +124,6 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
   return agreed;
 }
 
-bool IsAgreed(const absl::Status& status) {
-  return status.GetPayload(kAgreedPayload).has_value();
-}
+bool IsAgreed(const absl::Status& status) { return status.GetPayload(kAgreedPayload).has_value(); }
 
 }  // namespace ternion::comm

@@ -20,8 +20,8 @@ absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std:
 // hang.
 absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status);
 
-// Whether `status` is an error that AgreeOnStatus returned: every rank has it, so one of them may report it
-// and all may leave in peace.
+// Whether `status` is an error that AgreeOnStatus returned: every rank has it, so one of them may
+// report it and all may leave in peace.
 bool IsAgreed(const absl::Status& status);
 
 }  // namespace ternion::comm

@@ -142,6 +142,7 @@ absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv() {
     std::erase(waiting_, arrival.from);
     TERNION_RETURN_IF_ERROR(TakeDispatch(std::move(arrival)));
   }
+  TERNION_RETURN_IF_ERROR(transport_->Flush());  // the experts run next
   received_.rows.clear();
   received_.routes.clear();
   for (int rank = 0; rank < transport_->size(); ++rank) {
@@ -263,6 +264,7 @@ absl::Status Exchange::CombineRecv(float* out) {
     std::erase(waiting_, arrival.from);
     TERNION_RETURN_IF_ERROR(TakeCombine(std::move(arrival)));
   }
+  TERNION_RETURN_IF_ERROR(transport_->Flush());  // the next layer's attention runs next
   CollectTerms();
   kernels_->weighted_sum({.terms = term_rows_.data(),
                           .weights = options_.presum ? nullptr : term_weights_.data(),

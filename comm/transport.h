@@ -63,14 +63,19 @@ class Transport {
   // Unavailable when the peer is known to be gone.
   virtual absl::Status Send(RankId to, Phase phase, Message message) = 0;
 
+  // Returns when the bytes of every send have left. Called before this rank computes for long: MPI
+  // over TCP moves larger messages only inside its calls, and a peer would wait for them all that
+  // time.
+  virtual absl::Status Flush() { return absl::OkStatus(); }
+
   // Waits for the next message of `phase` from any of `from` (not empty, without this rank); the
   // first to arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a
   // peer in `from` is gone and nothing of it is left to read.
   virtual absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) = 0;
 
   // Tells the peers that this rank gives up because of `status`: their waits end with an error.
-  // Called once, at the end of a rank that failed. MPI logs `status` and ends the whole job: it
-  // does not return.
+  // Called once, at the end of a rank that failed, which has reported `status` itself. Over MPI it
+  // ends the whole job and does not return.
   virtual void Abort(const absl::Status& status) = 0;
 
   // A message of `bytes` from the pool. Its content is unspecified.

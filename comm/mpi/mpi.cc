@@ -83,6 +83,7 @@ class MpiTransport : public Transport {
   int NodeOf(RankId rank) const override { return node_of_[base::Index(rank)]; }
 
   absl::Status Send(RankId to, Phase phase, Message message) override;
+  absl::Status Flush() override;
   absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) override;
   void Abort(const absl::Status& status) override;
 
@@ -174,6 +175,15 @@ absl::Status MpiTransport::ReclaimSent() {
   }
   std::erase_if(outgoing_, [](const Outgoing& o) { return o.request == MPI_REQUEST_NULL; });
   return absl::OkStatus();
+}
+
+absl::Status MpiTransport::Flush() {
+  Backoff backoff;
+  while (true) {
+    TERNION_RETURN_IF_ERROR(ReclaimSent());
+    if (outgoing_.empty()) return absl::OkStatus();
+    backoff.Wait();
+  }
 }
 
 absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const RankId> from, Phase phase) {
