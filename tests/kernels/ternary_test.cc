@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/limits.h"
 #include "kernels/kernels.h"
 #include "kernels/select.h"
 
@@ -299,6 +300,14 @@ TEST(Matmul, ExtremeCodesDoNotOverflow) {
       }
     }
   }
+}
+
+TEST(Limits, AreMeasured) {
+  base::ThreadPool threads(2);
+  const base::Array<uint8_t> memory(1 << 16);
+  EXPECT_GT(ReadBandwidth(memory.span(), threads), 0);
+  EXPECT_EQ(DotPeak("scalar", threads), 0);
+  for (const char* isa : AvailableIsas().subspan(1)) EXPECT_GT(DotPeak(isa, threads), 0) << isa;
 }
 
 }  // namespace
