@@ -127,6 +127,18 @@ TEST(GateTopK, ExtremeLogits) {
   EXPECT_EQ(choice.weights, (std::vector<float>{1, 0, 0, 0}));
 }
 
+// The least that counts, and that less than a normal float is nothing.
+TEST(GateTopK, SmallWeights) {
+  const std::vector<float> logits = {0.0f, -30.0f, -60.0f, -80.0f, -87.3f, -87.4f, -88.0f};
+  const Choice choice = GateOnEveryVariant(logits, 7, 7, false);
+  for (int i = 0; i < 5; ++i) {
+    const double want = std::exp(double{logits[i]});
+    EXPECT_NEAR(choice.weights[i], want, 1e-6 * want) << logits[i];
+  }
+  EXPECT_EQ(choice.weights[5], 0.0f);
+  EXPECT_EQ(choice.weights[6], 0.0f);
+}
+
 TEST(GateTopK, NanGivesDistinctIdsInRange) {
   std::vector<float> logits = RandomFloats(40, 4);
   logits[3] = logits[17] = std::numeric_limits<float>::quiet_NaN();
