@@ -21,7 +21,6 @@ struct Micro256 {
   static constexpr int kMaxStreamedRows = 2 * Instr::kRows;
   static constexpr int kStreamRows = Instr::kRows;
   static constexpr int kTileRows = Instr::kRows;
-  static constexpr int kTilePanels = 1;
   static constexpr int kPrefetchBytes = 64 * 96;
   static constexpr int64_t kMaxBlocks = Instr::kMaxSums / kFields;  // between two widenings
 
@@ -64,17 +63,10 @@ struct Micro256 {
     _mm256_maskstore_ps(Y(out, row, half), Mask(out.num_outputs, half), value);
   }
 
-  // Activations: 16 columns of row r and block b stand at x + r * row_stride + b * block_stride.
-  struct Rows {
-    const int8_t* x;
-    int64_t row_stride;
-    int64_t block_stride;
-  };
-
   // sums += codes of `num_blocks` <= kMaxBlocks blocks times kRows rows. Codes are as in memory
   // (kPacked) or as Unpack leaves them.
   template <int kRows, bool kPacked>
-  static void AddBlocks(const uint8_t* codes, const Rows& rows, int64_t num_blocks,
+  static void AddBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks,
                         __m256i sums[kRows][kHalves]) {
     // Few rows have few chains of additions: more accumulators per row keep the multipliers busy.
     constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
@@ -85,7 +77,6 @@ struct Micro256 {
       for (int r = 0; r < kRows; ++r) partial[c][r][0] = partial[c][r][1] = _mm256_setzero_si256();
     }
 
-    const int8_t* x = rows.x;
     for (int64_t b = 0; b < num_blocks; ++b) {
       if constexpr (kPacked) {
         _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
@@ -98,14 +89,14 @@ struct Micro256 {
         const __m256i half1 = kPacked ? Field(high, f) : Load(field + 32);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const __m256i four = Broadcast(x + r * rows.row_stride + 4 * f);
+          const __m256i four = Broadcast(x + kBlockInputs * r + 4 * f);
           __m256i(&sum)[kHalves] = partial[f % kChains][r];
           sum[0] = Instr::Add(sum[0], half0, four);
           sum[1] = Instr::Add(sum[1], half1, four);
         }
       }
       codes += kPacked ? kBlockSize : kUnpackedBlockSize;
-      x += rows.block_stride;
+      x += kBlockInputs * kRows;
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
@@ -118,20 +109,19 @@ struct Micro256 {
   }
 
   template <int kRows, bool kPacked>
-  static void AddAllBlocks(const uint8_t* codes, Rows rows, int64_t num_blocks,
+  static void AddAllBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks,
                            __m256i sums[kRows][kHalves]) {
     for (int64_t b = 0; b < num_blocks; b += kMaxBlocks) {
-      AddBlocks<kRows, kPacked>(codes, rows, Min(kMaxBlocks, num_blocks - b), sums);
+      AddBlocks<kRows, kPacked>(codes, x, Min(kMaxBlocks, num_blocks - b), sums);
       codes += kMaxBlocks * (kPacked ? kBlockSize : kUnpackedBlockSize);
-      rows.x += kMaxBlocks * rows.block_stride;
+      x += kMaxBlocks * kBlockInputs * kRows;
     }
   }
 
   template <int kRows>
   __attribute__((noinline)) static void StreamRows(const StreamArgs& a) {
     __m256i sums[kRows][kHalves] = {};
-    const Rows rows = {a.x, kBlockInputs, kBlockInputs * kRows};
-    AddAllBlocks<kRows, true>(a.codes, rows, a.num_blocks, sums);
+    AddAllBlocks<kRows, true>(a.codes, a.x, a.num_blocks, sums);
     for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < kHalves; ++h) StoreOutputs(a.out, r, h, sums[r][h]);
     }
@@ -143,8 +133,7 @@ struct Micro256 {
     for (int r = 0; r < kRows && !a.first; ++r) {
       for (int h = 0; h < kHalves; ++h) sums[r][h] = LoadSums(a.out, r, h);
     }
-    const Rows rows = {a.x, a.x_stride, kBlockInputs};
-    AddAllBlocks<kRows, false>(a.unpacked, rows, a.num_blocks, sums);
+    AddAllBlocks<kRows, false>(a.unpacked, a.x, a.num_blocks, sums);
     for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < kHalves; ++h) {
         a.last ? StoreOutputs(a.out, r, h, sums[r][h]) : StoreSums(a.out, r, h, sums[r][h]);

@@ -43,15 +43,21 @@ inline __m512i Field(__m512i block, int f) {
   return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(3 << (f % kPlaces * 2))));
 }
 
-// acc += one block of codes . kRows rows of 16 activations at x.
-template <int kRows, int kPlaces>
+// acc += one block of codes . kRows rows of 16 activations at x. Codes are as in memory (kPacked)
+// or as Unpack leaves them.
+template <bool kPacked, int kRows, int kPlaces>
 __attribute__((always_inline)) inline void AddBlock(__m512i (&acc)[kRows][kPlaces],
                                                     const uint8_t* codes, const int8_t* x) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
-  const __m512i block = _mm512_loadu_si512(codes);
   __m512i fields[kFields];
+  if constexpr (kPacked) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
+    const __m512i block = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
-  for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
+    for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
+  } else {
+#pragma GCC unroll 4
+    for (int f = 0; f < kFields; ++f) fields[f] = _mm512_load_si512(codes + 64 * f);
+  }
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -77,9 +83,9 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
   const uint8_t* const end = codes + 64 * a.num_blocks;
   for (; codes + 64 * (kTurns - 1) < end; codes += 64 * kTurns, x += 16 * kRows * kTurns) {
 #pragma GCC unroll 2
-    for (int t = 0; t < kTurns; ++t) AddBlock(acc[t], codes + 64 * t, x + 16 * kRows * t);
+    for (int t = 0; t < kTurns; ++t) AddBlock<true>(acc[t], codes + 64 * t, x + 16 * kRows * t);
   }
-  if (codes < end) AddBlock(acc[0], codes, x);
+  if (codes < end) AddBlock<true>(acc[0], codes, x);
 
   const __mmask16 mask = OutputMask(a.out.num_outputs);
 #pragma GCC unroll 32
@@ -95,73 +101,34 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
   }
 }
 
-// Addresses of the rows of a tile from few registers: a base per four rows, and stride times 0, 1,
-// 2 or 3.
 template <int kRows>
-struct RowPointers {
-  const int8_t* base[(kRows + 3) / 4];
-  int64_t stride;
-
-  RowPointers(const int8_t* x, int64_t x_stride) : stride(x_stride) {
-    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] = x + 4 * i * x_stride;
-  }
-  const int8_t* at(int row) const { return base[row / 4] + row % 4 * stride; }
-  void Advance(int bytes) {
-    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] += bytes;
-  }
-};
-
-template <int kPanels, int kRows>
 __attribute__((noinline)) void TileRows(const TileArgs& a) {
-  __mmask16 masks[kPanels];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) masks[p] = OutputMask(a.out.num_outputs - 16 * p);
-
-  __m512i acc[kPanels][kRows];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const float* y = a.out.y + r * a.out.y_stride + 16 * p;
-      acc[p][r] = a.first ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(masks[p], y);
-    }
-
-  RowPointers<kRows> x(a.x, a.x_stride);
-  const uint8_t* unpacked = a.unpacked;
-  for (int64_t i = 0; i < kFields * a.num_blocks; ++i) {
-    __m512i codes[kPanels];
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) {
-      codes[p] = _mm512_load_si512(unpacked + p * kUnpackedPanelBytes);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i four = _mm512_set1_epi32(reinterpret_cast<const Dword*>(x.at(r))->value);
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) acc[p][r] = _mm512_dpbusd_epi32(acc[p][r], codes[p], four);
-    }
-    unpacked += 64;
-    x.Advance(4);
+  const __mmask16 mask = OutputMask(a.out.num_outputs);
+  __m512i acc[kRows][1];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    const float* y = a.out.y + r * a.out.y_stride;
+    acc[r][0] = a.first ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(mask, y);
   }
-
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) {
-      float* y = a.out.y + r * a.out.y_stride + 16 * p;
-      if (a.last) {
-        StoreOutputs(a.out, r, y, masks[p], acc[p][r]);
-      } else {
-        _mm512_mask_storeu_epi32(y, masks[p], acc[p][r]);
-      }
+  const uint8_t* codes = a.unpacked;
+  const int8_t* x = a.x;
+  const uint8_t* const end = codes + kUnpackedBlockSize * a.num_blocks;
+  for (; codes < end; codes += kUnpackedBlockSize, x += 16 * kRows) AddBlock<false>(acc, codes, x);
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    float* y = a.out.y + r * a.out.y_stride;
+    if (a.last) {
+      StoreOutputs(a.out, r, y, mask, acc[r][0]);
+    } else {
+      _mm512_mask_storeu_epi32(y, mask, acc[r][0]);
     }
+  }
 }
 
 struct Micro {
   static constexpr int kMaxStreamedRows = 48;
   static constexpr int kStreamRows = 24;
-  static constexpr int kTileRows = 12;
-  static constexpr int kTilePanels = 2;
+  static constexpr int kTileRows = 24;
 
   // Accumulators: 4 places x 7 rows, 2 x 12 or 1 x 24, within 32 registers.
   template <int kRows = kStreamRows>
@@ -188,7 +155,7 @@ struct Micro {
   template <int kRows = kTileRows>
   static void Tile(const TileArgs& a) {
     if (a.out.num_rows == kRows) {
-      a.num_panels == 2 ? TileRows<2, kRows>(a) : TileRows<1, kRows>(a);
+      TileRows<kRows>(a);
     } else if constexpr (kRows > 1) {
       Tile<kRows - 1>(a);
     }

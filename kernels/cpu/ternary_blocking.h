@@ -4,8 +4,7 @@
 //
 //   Stream(StreamArgs)   one panel, straight from its 2-bit codes, times 1 .. kStreamRows rows
 //   Unpack(...)          2-bit codes of some blocks -> bytes, ordered as Tile reads them
-//   Tile(TileArgs)       1 .. kTilePanels unpacked panels times 1 .. kTileRows rows, over a stretch
-//                        of columns
+//   Tile(TileArgs)       one unpacked panel times 1 .. kTileRows rows, over a stretch of columns
 //   kMaxStreamedRows     with more rows than this, unpacking into cache first pays
 //
 // Included by files compiled for one instruction set: no std::, nothing inline from other headers.
@@ -38,13 +37,11 @@ struct StreamArgs {
 
 // Columns are done in stretches. Between them, y holds the int32 sums so far.
 struct TileArgs {
-  const uint8_t* unpacked;  // panels, kUnpackedPanelBytes apart; a byte per code
-  int num_panels;
-  const int8_t* x;  // [num_rows, x_stride], at the stretch's first column
-  int64_t x_stride;
-  int64_t num_blocks;  // of this stretch
-  bool first;          // start from 0, not from the sums in y
-  bool last;           // write floats, not sums
+  const uint8_t* unpacked;  // one panel, a byte per code
+  const int8_t* x;          // [num_blocks, num_rows, 16]
+  int64_t num_blocks;       // of this stretch
+  bool first;               // start from 0, not from the sums in y
+  bool last;                // write floats, not sums
   OutputTile out;
 };
 
@@ -54,11 +51,12 @@ constexpr int64_t kBlockSize = 64;  // bytes, packed
 constexpr int64_t kUnpackedBlockSize = 4 * kBlockSize;
 constexpr int64_t kScratchSize = int64_t{1} << 20;  // base::kScratchBytesPerThread
 
-// A stretch is 2,048 columns: the register tile is loaded and stored rarely, and kRowBlock rows of
-// it (480 KB) stay in L2 while all panels pass by.
+// A stretch is 2,048 columns: sums are loaded and stored rarely, and kRowBlock rows of it (528 KB)
+// stay in L2 while all panels pass by.
 constexpr int64_t kStretchBlocks = 128;
-constexpr int64_t kRowBlock = 240;
-constexpr int64_t kUnpackedPanelBytes = kStretchBlocks * kUnpackedBlockSize;
+constexpr int64_t kRowBlock = 264;
+constexpr int64_t kUnpackedPanelSize = kStretchBlocks * kUnpackedBlockSize;
+static_assert(kUnpackedPanelSize + kRowBlock * kStretchBlocks * kBlockInputs <= kScratchSize);
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -69,42 +67,46 @@ static inline void ForPieces(int64_t count, int64_t max, const Body& body) {
   for (int64_t i = 0; i < pieces; ++i) body(count * i / pieces, count * (i + 1) / pieces);
 }
 
-static inline OutputTile Outputs(const PanelRun& run, int64_t row_begin, int64_t row_end,
-                                 int64_t output, int64_t max_outputs) {
+// One panel, rows [row_begin, row_end).
+static inline OutputTile Outputs(const PanelRun& run, int64_t panel, int64_t row_begin,
+                                 int64_t row_end) {
+  const int64_t output = panel * kPanelOutputs;
   return {run.y + row_begin * run.y_stride + output,
           run.y_stride,
           static_cast<int>(row_end - row_begin),
-          static_cast<int>(Min(max_outputs, run.num_outputs - output)),
+          static_cast<int>(Min(kPanelOutputs, run.num_outputs - output)),
           run.weight_scale,
           run.x_scales + row_begin,
           run.x_sums + row_begin};
 }
 
-// Rows as Stream reads them: one stream instead of one per row, addressed by constant offsets.
+static inline int64_t NumPanels(const PanelRun& run) {
+  return (run.num_outputs + kPanelOutputs - 1) / kPanelOutputs;
+}
+
+// Rows as the kernels read them: one stream instead of one per row, addressed by constant offsets.
+// Pieces of rows follow each other.
 static inline void InterleaveRows(const int8_t* x, int64_t x_stride, int64_t num_rows,
-                                  int64_t num_blocks, int8_t* out) {
-  for (int64_t r = 0; r < num_rows; ++r) {
+                                  int64_t max_rows, int64_t num_blocks, int8_t* out) {
+  ForPieces(num_rows, max_rows, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < num_blocks; ++b) {
-      __builtin_memcpy(out + (b * num_rows + r) * kBlockInputs, x + r * x_stride + b * kBlockInputs,
-                       kBlockInputs);
+      for (int64_t r = begin; r < end; ++r, out += kBlockInputs) {
+        __builtin_memcpy(out, x + r * x_stride + b * kBlockInputs, kBlockInputs);
+      }
     }
-  }
+  });
 }
 
 // Few rows: every panel is read once from memory; further pieces of rows find it in L1 or L2.
 template <typename Micro>
 static void StreamPanels(const PanelRun& run) {
-  const int64_t row_bytes = run.num_blocks * kBlockInputs;
   int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
-  ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
-    InterleaveRows(run.x + begin * run.x_stride, run.x_stride, end - begin, run.num_blocks,
-                   x + begin * row_bytes);
-  });
-  for (int64_t output = 0; output < run.num_outputs; output += kPanelOutputs) {
-    const uint8_t* panel = run.codes + output / kPanelOutputs * run.num_blocks * kBlockSize;
+  InterleaveRows(run.x, run.x_stride, run.num_rows, Micro::kStreamRows, run.num_blocks, x);
+  for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
+    const uint8_t* codes = run.codes + panel * run.num_blocks * kBlockSize;
     ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
-      Micro::Stream({panel, x + begin * row_bytes, run.num_blocks,
-                     Outputs(run, begin, end, output, kPanelOutputs)});
+      Micro::Stream({codes, x + begin * run.num_blocks * kBlockInputs, run.num_blocks,
+                     Outputs(run, panel, begin, end)});
     });
   }
 }
@@ -113,21 +115,18 @@ static void StreamPanels(const PanelRun& run) {
 template <typename Micro>
 static void TileBlock(const PanelRun& run, int64_t row_begin, int64_t row_end, int64_t block_begin,
                       int64_t block_end) {
-  constexpr int64_t kTileOutputs = Micro::kTilePanels * kPanelOutputs;
-  const int64_t num_blocks = block_end - block_begin;
-  for (int64_t output = 0; output < run.num_outputs; output += kTileOutputs) {
-    const int64_t num_outputs = Min(kTileOutputs, run.num_outputs - output);
-    const int64_t num_panels = (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
-    for (int64_t p = 0; p < num_panels; ++p) {
-      const int64_t first_block = (output / kPanelOutputs + p) * run.num_blocks + block_begin;
-      Micro::Unpack(run.codes + first_block * kBlockSize, num_blocks,
-                    run.scratch + p * kUnpackedPanelBytes);
-    }
-    ForPieces(row_end - row_begin, Micro::kTileRows, [&](int64_t begin, int64_t end) {
-      Micro::Tile({run.scratch, static_cast<int>(num_panels),
-                   run.x + (row_begin + begin) * run.x_stride + block_begin * kBlockInputs,
-                   run.x_stride, num_blocks, block_begin == 0, block_end == run.num_blocks,
-                   Outputs(run, row_begin + begin, row_begin + end, output, kTileOutputs)});
+  const int64_t num_rows = row_end - row_begin, num_blocks = block_end - block_begin;
+  uint8_t* const unpacked = run.scratch;
+  int8_t* const x = reinterpret_cast<int8_t*>(run.scratch + kUnpackedPanelSize);
+  InterleaveRows(run.x + row_begin * run.x_stride + block_begin * kBlockInputs, run.x_stride,
+                 num_rows, Micro::kTileRows, num_blocks, x);
+  for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
+    const int64_t first_block = panel * run.num_blocks + block_begin;
+    Micro::Unpack(run.codes + first_block * kBlockSize, num_blocks, unpacked);
+    ForPieces(num_rows, Micro::kTileRows, [&](int64_t begin, int64_t end) {
+      Micro::Tile({unpacked, x + begin * num_blocks * kBlockInputs, num_blocks, block_begin == 0,
+                   block_end == run.num_blocks,
+                   Outputs(run, panel, row_begin + begin, row_begin + end)});
     });
   }
 }
