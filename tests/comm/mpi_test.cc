@@ -1,6 +1,11 @@
 // Started by mpirun: the MPI transport, and an exchange over it.
 #include "comm/mpi/mpi.h"
 
+#include <fcntl.h>
+#include <semaphore.h>
+#include <time.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -9,6 +14,7 @@
 #include "base/status.h"
 #include "comm/collective.h"
 #include "gtest/gtest.h"
+#include "kernels/select.h"
 #include "tests/comm/exchange_case.h"
 
 namespace ternion::comm {
@@ -92,6 +98,61 @@ TEST(MpiTest, Collectives) {
   EXPECT_EQ(agreed.ToString(absl::StatusToStringMode::kWithNoExtraData),
             "DATA_LOSS: rank 1: shard 5 is damaged");
   EXPECT_TRUE(AgreeOnStatus(*world, absl::OkStatus()).ok());
+}
+
+// All ranks meet, without MPI: whose messages still need an MPI call of theirs does not get past
+// this.
+bool MeetOutsideMpi(const std::string& where) {
+  const auto semaphore_of = [&](RankId rank) {
+    // Ranks of one host are children of one mpirun.
+    return absl::StrCat("/ternion_", getppid(), "_", where, "_", base::Index(rank));
+  };
+  for (RankId other : Others()) {
+    sem_t* semaphore = sem_open(semaphore_of(other).c_str(), O_CREAT, 0600, 0);
+    if (semaphore == SEM_FAILED || sem_post(semaphore) != 0) return false;
+    sem_close(semaphore);
+  }
+  sem_t* own = sem_open(semaphore_of(world->rank()).c_str(), O_CREAT, 0600, 0);
+  if (own == SEM_FAILED) return false;
+  timespec deadline;
+  clock_gettime(CLOCK_REALTIME, &deadline);
+  deadline.tv_sec += 30;
+  bool met = true;
+  for (size_t i = 0; i < Others().size(); ++i) met = met && sem_timedwait(own, &deadline) == 0;
+  sem_close(own);
+  sem_unlink(semaphore_of(world->rank()).c_str());
+  return met;
+}
+
+TEST(MpiTest, NoRankWaitsForRowsWhileTheirSenderComputes) {
+  constexpr int kRows = 40;
+  const ExchangeOptions options = {.dispatch = RowFormat::kFp32,
+                                   .combine = RowFormat::kFp32,
+                                   .hidden = 4096,
+                                   .max_rows = kRows,
+                                   .top_k = 1,
+                                   .num_experts = 1};
+  base::ThreadPool threads(1);
+  kernels::Executor executor{.threads = &threads};
+  Exchange exchange(options, world.get(), kernels::SelectCpuKernels(""), &executor);
+  DispatchPlan plan;  // all rows to all other ranks
+  for (int rank = 0; rank < world->size(); ++rank) {
+    plan.rank_begin.push_back(plan.rows.size());
+    for (int row = 0; row < kRows && RankId{rank} != world->rank(); ++row) {
+      plan.rows.push_back({row, static_cast<int32_t>(plan.routes.size()), 1});
+      plan.routes.push_back({ExpertId{0}, 1.0f});
+    }
+  }
+  plan.rank_begin.push_back(plan.rows.size());
+  kernels::QuantizedBuffer codes(kRows, options.hidden);
+  std::vector<float> rows(kRows * options.hidden * (world->size() - 1));
+  ASSERT_TRUE(exchange.DispatchSend(1, 1, plan, codes.rows(kRows), rows.data()).ok());
+  ASSERT_TRUE(exchange.DispatchRecv().ok());
+  ASSERT_TRUE(MeetOutsideMpi("dispatch")) << "a dispatch message was still on its way";
+  ASSERT_TRUE(exchange.CombineSend(rows.data()).ok());
+  std::vector<float> out(kRows * options.hidden);
+  ASSERT_TRUE(exchange.CombineRecv(out.data()).ok());
+  ASSERT_TRUE(MeetOutsideMpi("combine")) << "a combine message was still on its way";
 }
 
 // Last: rank 1 leaves with a message unread, and those who wait for it learn so.
