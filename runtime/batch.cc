@@ -56,7 +56,7 @@ absl::StatusOr<StepPlan> StepPlan::Parse(const std::string& bytes, int64_t vocab
     chunk.tokens = reader.GetVector<int32_t>();
     chunk.targets = reader.GetVector<int32_t>();
     valid = valid && IsRank(chunk.owner, num_ranks) && chunk.position >= 0 &&
-            InRange(chunk.tokens, 0, vocab_size) &&
+            !chunk.tokens.empty() && InRange(chunk.tokens, 0, vocab_size) &&
             InRange(chunk.targets, kNoTarget, vocab_size) &&
             (chunk.targets.empty() || chunk.targets.size() == chunk.tokens.size());
     plan.chunks.push_back(std::move(chunk));

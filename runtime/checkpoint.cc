@@ -79,7 +79,6 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Ternarize(const std::string& name,
     return absl::InvalidArgumentError(absl::StrCat(name, " holds a NaN or infinite weight"));
   }
   const float g = std::max(mean, 1e-5f);
-  const float inverse = 1.0f / g;
   kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, g);
   std::vector<int8_t> panel(kernels::kPanelRows * columns);
   const int64_t panel_bytes = matrix.view.panel_bytes();
@@ -88,7 +87,7 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Ternarize(const std::string& name,
     for (int64_t r = 0; r < count; ++r) {
       ReadFloats(tensor, (begin + r) * columns, columns, row.data());
       for (int64_t c = 0; c < columns; ++c) {
-        const float q = std::nearbyint(row[c] * inverse);
+        const float q = std::nearbyint(row[c] / g);
         panel[r * columns + c] = static_cast<int8_t>(q > 0 ? 1 : q < 0 ? -1 : 0);
       }
     }
@@ -121,7 +120,11 @@ absl::StatusOr<float> Checkpoint::LoadScale(const std::string& name) const {
     return absl::InvalidArgumentError(
         absl::StrCat(name, " is ", scale, "; a weight scale must be finite and above 0"));
   }
-  return config_.quantization.scale_divides ? 1.0f / scale : scale;
+  const float g = config_.quantization.scale_divides ? 1.0f / scale : scale;
+  if (!std::isfinite(g)) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " is ", scale, ", too small to divide by"));
+  }
+  return g;
 }
 
 absl::Status Checkpoint::CheckTernary(const std::string& name, int64_t rows, int64_t columns) const {

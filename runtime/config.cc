@@ -7,7 +7,7 @@
 
 #include "base/file.h"
 #include "base/status.h"
-#include "nlohmann/json.hpp"
+#include "runtime/strict_json.h"
 
 namespace ternion::runtime {
 namespace {
@@ -18,10 +18,19 @@ using Json = nlohmann::json;
 constexpr int64_t kMaxDimension = int64_t{1} << 20;
 constexpr int64_t kMaxVocab = int64_t{1} << 22;
 
+absl::StatusOr<Json> ParseObject(const std::string& text, const char* file) {
+  absl::StatusOr<Json> json = ParseJson(text);
+  if (!json.ok()) return base::Annotate(json.status(), file);
+  if (!json->is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(file, " is not a JSON object"));
+  }
+  return json;
+}
+
 // Reads checked values out of one JSON object; the first error is kept.
 class Reader {
  public:
-  explicit Reader(const Json& json) : json_(json) {}
+  explicit Reader(const Json& json, const char* file = "config.json") : json_(json), file_(file) {}
 
   bool Has(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
 
@@ -69,11 +78,11 @@ class Reader {
     if (!Has(key)) return;
     const Json& value = json_[key];
     if (value == false || value == 0 || (value.is_array() && value.empty())) return;
-    Note(absl::UnimplementedError(absl::StrCat("config.json: ", key, " is not supported")));
+    Note(absl::UnimplementedError(absl::StrCat(file_, ": ", key, " is not supported")));
   }
 
   void Fail(const char* key, absl::string_view why) {
-    Note(absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " ", why)));
+    Note(absl::InvalidArgumentError(absl::StrCat(file_, ": ", key, " ", why)));
   }
   void Note(const absl::Status& status) { status_.Update(status); }
   const absl::Status& status() const { return status_; }
@@ -81,6 +90,7 @@ class Reader {
 
  private:
   const Json& json_;
+  const char* const file_;
   absl::Status status_;
 };
 
@@ -163,13 +173,20 @@ void ReadAttention(Reader& reader, ModelConfig& config) {
   if (!reader.Has("head_dim") && config.hidden % config.heads != 0) {
     reader.Fail("num_attention_heads", "does not divide hidden_size and there is no head_dim");
   }
+  constexpr int64_t kMaxHeadDim = 1024;
+  const int64_t derived = config.hidden / config.heads;
+  if (!reader.Has("head_dim") && (derived < 2 || derived > kMaxHeadDim)) {
+    reader.Fail("head_dim", absl::StrCat("is missing, and hidden_size / num_attention_heads is ",
+                                         derived, "; it must be 2 to ", kMaxHeadDim));
+  }
   config.head_dim = static_cast<int>(
-      reader.IntOr("head_dim", 2, 1024, std::max<int64_t>(2, config.hidden / config.heads)));
+      reader.IntOr("head_dim", 2, kMaxHeadDim, std::clamp<int64_t>(derived, 2, kMaxHeadDim)));
   if (config.head_dim % 2 != 0) reader.Fail("head_dim", "is odd; RoPE rotates pairs");
   if (config.q_dim() > kernels::kMaxColumns) {
     reader.Fail("num_attention_heads", "times head_dim is too large");
   }
   reader.Refuse("rope_scaling");
+  reader.Refuse("rope_parameters");  // transformers 5; its theta would go unread
   reader.Refuse("attention_bias");
   reader.Refuse("use_sliding_window");
 }
@@ -181,8 +198,7 @@ int64_t ModelConfig::max_intermediate() const {
 }
 
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
-  const Json json = Json::parse(json_text, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) return absl::InvalidArgumentError("config.json is not a JSON object");
+  TERNION_ASSIGN_OR_RETURN(const Json json, ParseObject(json_text, "config.json"));
   Reader reader(json);
   ModelConfig config;
   config.model_type = reader.String("model_type", "");
@@ -231,11 +247,8 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   const std::string generation_path = directory + "/generation_config.json";
   if (std::filesystem::exists(generation_path)) {
     TERNION_ASSIGN_OR_RETURN(const std::string generation, base::ReadFile(generation_path));
-    const Json json = Json::parse(generation, nullptr, /*allow_exceptions=*/false);
-    if (!json.is_object()) {
-      return absl::InvalidArgumentError(generation_path + " is not a JSON object");
-    }
-    Reader reader(json);
+    TERNION_ASSIGN_OR_RETURN(const Json json, ParseObject(generation, "generation_config.json"));
+    Reader reader(json, "generation_config.json");
     ReadTokenIds(json, "eos_token_id", reader, config.eos_ids);
     TERNION_RETURN_IF_ERROR(reader.status());
   }

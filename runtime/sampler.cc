@@ -11,8 +11,11 @@ namespace {
 
 int32_t ArgMax(std::span<const float> logits) {
   int32_t best = 0;
-  for (size_t i = 1; i < logits.size(); ++i) {
-    if (logits[i] > logits[best] || std::isnan(logits[best])) best = static_cast<int32_t>(i);
+  float highest = -INFINITY;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!(logits[i] > highest)) continue;
+    best = static_cast<int32_t>(i);
+    highest = logits[i];
   }
   return best;
 }

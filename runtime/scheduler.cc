@@ -34,6 +34,11 @@ absl::StatusOr<SequenceId> Scheduler::Submit(Request request) {
                                                    " tokens; the model has ", limits_.max_positions,
                                                    " positions"));
   }
+  if (request.score ? request.max_new_tokens != 0 : request.max_new_tokens <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_new_tokens is ", request.max_new_tokens,
+                     request.score ? "; it must be 0 to score" : "; it must be above 0"));
+  }
   const int64_t budget = limits_.pages_per_rank * kernels::kPageTokens;
   if (MaxTokens(request) > budget) {
     return absl::InvalidArgumentError(
@@ -140,6 +145,10 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Commit(
     const size_t tokens_before = sequence.tokens.size();
     const FinishReason finish = Advance(sequence, result);
     const bool generated = sequence.tokens.size() > tokens_before;
+    if (generated && (result.token < 0 || result.token >= limits_.vocab_size)) {
+      return absl::InternalError(absl::StrCat("a rank sampled token ", result.token,
+                                              ", which is not in the vocabulary"));
+    }
     events.push_back({result.sequence, generated ? result.token : -1, finish, result.logits_hash,
                       result.nll});
     if (finish == FinishReason::kNone) continue;
@@ -147,6 +156,11 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Commit(
     --sequences_on_[base::Index(sequence.owner)];
     ended_.push_back(result.sequence);
     running_.erase(found);
+  }
+  for (const auto& [id, sequence] : running_) {
+    if (sequence.in_flight == 0) continue;
+    return absl::InternalError(
+        absl::StrCat("no rank sent a result for sequence ", base::Index(id)));
   }
   return events;
 }

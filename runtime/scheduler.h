@@ -47,14 +47,15 @@ class Scheduler {
  public:
   explicit Scheduler(const SchedulerLimits& limits);
 
-  // Queues a request. InvalidArgument: empty prompt, a token outside the vocabulary, more tokens than the
-  // model has positions or a rank has KV pages.
+  // Queues a request. InvalidArgument: empty prompt, a token outside the vocabulary, nothing to generate,
+  // more tokens than the model has positions or a rank has KV pages.
   absl::StatusOr<SequenceId> Submit(Request request);
 
   // The next step; its chunks are empty when there is nothing to do.
   StepPlan Next();
 
-  // Takes in what the ranks sent for the last plan. Internal error on a result that was not asked for.
+  // Takes in what the ranks sent for the last plan. Internal error on a result that was not asked for, that is
+  // missing, or whose token is none.
   absl::StatusOr<std::vector<SequenceEvent>> Commit(const std::vector<ChunkResult>& results);
 
   // How many of a chunk's tokens are its sequence's prompt (the rest was generated).
