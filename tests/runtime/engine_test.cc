@@ -1,0 +1,412 @@
+// Whole worlds of ranks on the bundled model: N ranks give what one rank gives.
+#include "runtime/engine.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/file.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "comm/loopback/loopback.h"
+#include "gtest/gtest.h"
+#include "kernels/select.h"
+#include "nlohmann/json.hpp"
+#include "tests/testing/status.h"
+#include "tests/testing/temp_dir.h"
+
+namespace ternion::runtime {
+namespace {
+
+using test::IsError;
+using test::IsInvalid;
+using Json = nlohmann::json;
+
+constexpr char kModel[] = TERNION_SOURCE_DIR "/models/tiny";
+constexpr int kExperts = 16;
+constexpr int32_t kVocab = 4096;
+
+constexpr WireOptions kExact = {.exact = true};
+
+struct WorldCase {
+  int num_ranks = 1;
+  std::string placement = "contiguous";
+  WireOptions wire = kExact;
+  int64_t max_rows = 64;
+  int64_t kv_tokens = 4096;
+};
+
+absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Transport& transport,
+                                                   kernels::Executor& executor,
+                                                   const std::string& model = kModel) {
+  EngineOptions options;
+  options.model_directory = model;
+  options.placement = c.placement;
+  options.wire = c.wire;
+  options.max_rows = c.max_rows;
+  options.kv_tokens = c.kv_tokens;
+  return Engine::Create(options, {&transport, kernels::SelectCpuKernels(""), &executor}, nullptr);
+}
+
+// Runs `drive` with rank 0's engine; the others follow.
+std::vector<absl::Status> RunEngines(const WorldCase& c,
+                                     const std::function<absl::Status(Engine&)>& drive) {
+  return comm::RunLoopback(c.num_ranks, [&](comm::Transport& transport) -> absl::Status {
+    const bool is_root = transport.rank() == RankId{0};
+    // Ranks with different numbers of threads.
+    base::ThreadPool threads(1 + base::Index(transport.rank()) % 2);
+    kernels::Executor executor{.threads = &threads};
+    TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                             MakeEngine(c, transport, executor));
+    if (!is_root) return engine->Follow();
+    TERNION_RETURN_IF_ERROR(drive(*engine));
+    return engine->Stop();
+  });
+}
+
+// What came of one request.
+struct Outcome {
+  std::vector<int32_t> tokens;
+  uint64_t logits_hash = 0;
+  double nll = 0;
+  FinishReason finish = FinishReason::kNone;
+
+  bool operator==(const Outcome&) const = default;
+};
+
+std::ostream& operator<<(std::ostream& out, const Outcome& outcome) {
+  out << "hash " << outcome.logits_hash << ", tokens";
+  for (int32_t token : outcome.tokens) out << ' ' << token;
+  return out;
+}
+
+absl::Status RunToEnd(Engine& engine, std::map<SequenceId, Outcome>& outcomes) {
+  for (int step = 0; !engine.idle(); ++step) {
+    if (step > 10000) return absl::InternalError("it never ends");
+    TERNION_ASSIGN_OR_RETURN(const StepReport report, engine.Step());
+    for (const SequenceEvent& event : report.events) {
+      Outcome& outcome = outcomes[event.sequence];
+      if (event.token >= 0) outcome.tokens.push_back(event.token);
+      outcome.logits_hash = event.logits_hash;
+      outcome.nll += event.nll;
+      outcome.finish = event.finish;
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The outcomes of all requests, submitted together, in their order.
+std::vector<Outcome> Generate(const WorldCase& c, const std::vector<Request>& requests) {
+  std::map<SequenceId, Outcome> outcomes;
+  const auto statuses = RunEngines(c, [&](Engine& engine) -> absl::Status {
+    for (const Request& request : requests) {
+      TERNION_RETURN_IF_ERROR(engine.Submit(request).status());
+    }
+    return RunToEnd(engine, outcomes);
+  });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+  std::vector<Outcome> list;
+  for (auto& [id, outcome] : outcomes) list.push_back(std::move(outcome));
+  EXPECT_EQ(list.size(), requests.size());
+  return list;
+}
+
+Request RandomPrompt(size_t size, int32_t max_new_tokens, uint32_t seed) {
+  std::mt19937 random(seed);
+  Request request;
+  request.max_new_tokens = max_new_tokens;
+  for (size_t i = 0; i < size; ++i) request.prompt.push_back(random() % kVocab);
+  return request;
+}
+
+// Sixteen prompts of 1 to 60 tokens; the first is of 23.
+std::vector<Request> ManyPrompts() {
+  std::vector<Request> requests = {RandomPrompt(23, 8, 1)};
+  for (uint32_t i = 1; i < 16; ++i) {
+    requests.push_back(RandomPrompt(i == 5 ? 1 : 1 + i * 37 % 60, 4 + i % 5, 100 + i));
+  }
+  return requests;
+}
+
+std::string PlacementJson(const std::function<Json(int)>& ranks_of) {
+  Json experts = Json::array();
+  for (int expert = 0; expert < kExperts; ++expert) experts.push_back(ranks_of(expert));
+  return Json{{"experts", experts}}.dump();
+}
+
+// Placement files for `num_ranks` ranks: uneven, a rank without experts, replicas.
+std::vector<std::string> WritePlacements(const test::TempDir& directory, int num_ranks) {
+  const int last = num_ranks - 1;
+  const auto odd_on_last = [&](int expert) { return Json(expert % 2 == 1 ? last : 0); };
+  const auto all_on_last = [&](int) { return Json(last); };
+  const auto replicated = [&](int expert) {
+    Json ranks = Json::array({expert % num_ranks});
+    if (num_ranks > 1) ranks.push_back((expert + 1) % num_ranks);
+    return ranks;
+  };
+  return {"contiguous", directory.Write("odd.json", PlacementJson(odd_on_last)),
+          directory.Write("last.json", PlacementJson(all_on_last)),
+          directory.Write("replicated.json", PlacementJson(replicated))};
+}
+
+TEST(Engine, AnyNumberOfRanksAndAnyPlacementGiveTheSameBits) {
+  const std::vector<Request> requests = ManyPrompts();
+  const std::vector<Outcome> expected = Generate({.num_ranks = 1}, requests);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_EQ(expected[i].tokens.size(), static_cast<size_t>(requests[i].max_new_tokens));
+    EXPECT_EQ(expected[i].finish, FinishReason::kLength);
+    for (size_t j = 0; j < i; ++j) EXPECT_NE(expected[i].logits_hash, expected[j].logits_hash);
+  }
+  for (int num_ranks = 1; num_ranks <= 4; ++num_ranks) {
+    test::TempDir directory;
+    for (const std::string& placement : WritePlacements(directory, num_ranks)) {
+      SCOPED_TRACE(std::to_string(num_ranks) + " ranks, " + placement);
+      EXPECT_EQ(Generate({.num_ranks = num_ranks, .placement = placement}, requests), expected);
+    }
+  }
+}
+
+TEST(Engine, CompanyDoesNotChangeASequence) {
+  const std::vector<Request> requests = ManyPrompts();
+  const std::vector<Outcome> together = Generate({.num_ranks = 3}, requests);
+  for (const size_t alone : {0, 5, 9}) {
+    for (const int num_ranks : {1, 3}) {
+      EXPECT_EQ(Generate({.num_ranks = num_ranks}, {requests[alone]}),
+                std::vector<Outcome>({together[alone]}));
+    }
+  }
+}
+
+TEST(Engine, ChunkedPrefillGivesTheSameBits) {
+  // Longer than a KV page, and through it in pieces that do not divide it.
+  std::vector<Request> requests = {RandomPrompt(150, 6, 1), RandomPrompt(40, 12, 2)};
+  requests.push_back(RandomPrompt(140, 0, 3));
+  requests.back().score = true;
+  const std::vector<Outcome> expected = Generate({.max_rows = 512}, requests);
+  EXPECT_GT(expected[2].nll, 0);
+  for (const int64_t max_rows : {3, 7, 64}) {
+    const std::vector<Outcome> chunked = Generate({.num_ranks = 2, .max_rows = max_rows}, requests);
+    ASSERT_EQ(chunked.size(), 3u);
+    for (size_t i = 0; i < 3; ++i) {
+      EXPECT_EQ(chunked[i].tokens, expected[i].tokens);
+      EXPECT_EQ(chunked[i].logits_hash, expected[i].logits_hash);
+      EXPECT_NEAR(chunked[i].nll, expected[i].nll, 1e-9 * expected[i].nll);  // sums of sums
+    }
+  }
+}
+
+TEST(Engine, Int8DispatchIsLossless) {
+  const std::vector<Request> requests = ManyPrompts();
+  WorldCase c = {.num_ranks = 2};
+  c.wire = {.dispatch = comm::RowFormat::kInt8, .combine = comm::RowFormat::kBf16};
+  const std::vector<Outcome> int8 = Generate(c, requests);
+  c.wire.dispatch = comm::RowFormat::kFp32;
+  EXPECT_EQ(Generate(c, requests), int8);
+  // The combine wire does round.
+  c.wire.combine = comm::RowFormat::kInt8;
+  EXPECT_NE(Generate(c, requests), int8);
+}
+
+TEST(Engine, SampledTokensDoNotDependOnTheWorld) {
+  std::vector<Request> requests = ManyPrompts();
+  for (Request& request : requests) {
+    request.sampling = {
+        .temperature = 1, .top_k = 50, .top_p = 0.9f, .seed = request.prompt.size()};
+  }
+  const std::vector<Outcome> expected = Generate({.num_ranks = 1}, requests);
+  EXPECT_EQ(Generate({.num_ranks = 3, .max_rows = 16}, requests), expected);
+  EXPECT_NE(Generate({.num_ranks = 1}, ManyPrompts()), expected);
+}
+
+TEST(Engine, PromptsOfOneToken) {
+  std::vector<Request> requests;
+  for (uint32_t i = 0; i < 5; ++i) requests.push_back(RandomPrompt(1, 5, i));
+  EXPECT_EQ(Generate({.num_ranks = 4}, requests), Generate({.num_ranks = 1}, requests));
+}
+
+TEST(Engine, StopsAtAStopId) {
+  Request request = RandomPrompt(20, 8, 1);
+  const Outcome free = Generate({}, {request})[0];
+  request.stop_ids = {free.tokens[3]};
+  const Outcome stopped = Generate({.num_ranks = 2}, {request})[0];
+  const size_t first =
+      std::find(free.tokens.begin(), free.tokens.end(), free.tokens[3]) - free.tokens.begin();
+  EXPECT_EQ(stopped.finish, FinishReason::kStop);
+  EXPECT_EQ(stopped.tokens,
+            std::vector<int32_t>(free.tokens.begin(), free.tokens.begin() + first + 1));
+}
+
+TEST(Engine, WhatIsTooLongIsRefusedAndTheRestRuns) {
+  const auto statuses =
+      RunEngines({.num_ranks = 2, .kv_tokens = 256}, [&](Engine& engine) -> absl::Status {
+        EXPECT_EQ(engine.kv_tokens(), 256);
+        EXPECT_TRUE(IsInvalid(engine.Submit(RandomPrompt(257, 1, 1)).status(), "a rank has 256"));
+        EXPECT_TRUE(IsInvalid(engine.Submit(RandomPrompt(250, 7, 1)).status(), "a rank has 256"));
+        EXPECT_TRUE(IsInvalid(engine.Submit(RandomPrompt(513, 1, 1)).status(), "512 positions"));
+        EXPECT_TRUE(IsInvalid(engine.Submit(RandomPrompt(0, 1, 1)).status(), "empty"));
+        Request beyond = RandomPrompt(3, 1, 1);
+        beyond.prompt[1] = kVocab;
+        EXPECT_TRUE(IsInvalid(engine.Submit(beyond).status(), "token id 4096"));
+        TERNION_RETURN_IF_ERROR(engine.Submit(RandomPrompt(252, 4, 1)).status());
+        std::map<SequenceId, Outcome> outcomes;
+        TERNION_RETURN_IF_ERROR(RunToEnd(engine, outcomes));
+        EXPECT_EQ(outcomes.size(), 1u);
+        EXPECT_EQ(outcomes.begin()->second.tokens.size(), 4u);
+        return absl::OkStatus();
+      });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+}
+
+TEST(Engine, MoreSequencesThanFitAllFinish) {
+  std::vector<Request> requests;
+  for (uint32_t i = 0; i < 12; ++i) requests.push_back(RandomPrompt(100 + i * 3, 3, i));
+  const std::vector<Outcome> expected = Generate({.max_rows = 512, .kv_tokens = 4096}, requests);
+  // One or two at a time.
+  EXPECT_EQ(Generate({.num_ranks = 1, .kv_tokens = 256}, requests), expected);
+  EXPECT_EQ(Generate({.num_ranks = 2, .kv_tokens = 128}, {requests.begin(), requests.begin() + 9}),
+            std::vector<Outcome>(expected.begin(), expected.begin() + 9));
+}
+
+TEST(Engine, IdleStepsAndLaterRequests) {
+  const Request request = RandomPrompt(10, 4, 1);
+  const Outcome expected = Generate({}, {request})[0];
+  std::map<SequenceId, Outcome> outcomes;
+  const auto statuses = RunEngines({.num_ranks = 2}, [&](Engine& engine) -> absl::Status {
+    for (int round = 0; round < 3; ++round) {
+      TERNION_ASSIGN_OR_RETURN(const StepReport idle, engine.Step());
+      EXPECT_TRUE(idle.events.empty());
+      TERNION_RETURN_IF_ERROR(engine.Submit(request).status());
+      TERNION_RETURN_IF_ERROR(RunToEnd(engine, outcomes));
+    }
+    return absl::OkStatus();
+  });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+  ASSERT_EQ(outcomes.size(), 3u);
+  for (const auto& [id, outcome] : outcomes) EXPECT_EQ(outcome, expected);
+}
+
+// A rank whose sends fail after a while.
+class FailingTransport : public comm::Transport {
+ public:
+  FailingTransport(comm::Transport* inner, int good_sends)
+      : Transport(std::make_shared<comm::MessagePool>()), inner_(inner), good_sends_(good_sends) {}
+
+  RankId rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  int NodeOf(RankId rank) const override { return inner_->NodeOf(rank); }
+  absl::Status Send(RankId to, comm::Phase phase, comm::Message message) override {
+    if (good_sends_-- <= 0) return absl::InternalError("pulled the plug");
+    return inner_->Send(to, phase, std::move(message));
+  }
+  absl::StatusOr<comm::Arrival> Receive(std::span<const RankId> from, comm::Phase phase) override {
+    return inner_->Receive(from, phase);
+  }
+  void Abort(const absl::Status& status) override { inner_->Abort(status); }
+
+ private:
+  comm::Transport* const inner_;
+  int good_sends_;
+};
+
+TEST(Engine, ARankThatFailsEndsTheOthers) {
+  // Wherever it fails: while loading, between dispatch and combine, or with its results.
+  for (const int good_sends : {0, 1, 2, 3, 17, 50, 81}) {
+    SCOPED_TRACE(good_sends);
+    const auto statuses = comm::RunLoopback(3, [&](comm::Transport& world) -> absl::Status {
+      const bool fails = world.rank() == RankId{1};
+      FailingTransport transport(&world, fails ? good_sends : 1 << 30);
+      base::ThreadPool threads(1);
+      kernels::Executor executor{.threads = &threads};
+      TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                               MakeEngine({.num_ranks = 3}, transport, executor));
+      if (world.rank() != RankId{0}) return engine->Follow();
+      TERNION_RETURN_IF_ERROR(engine->Submit(RandomPrompt(20, 400, 1)).status());
+      std::map<SequenceId, Outcome> outcomes;
+      TERNION_RETURN_IF_ERROR(RunToEnd(*engine, outcomes));
+      return engine->Stop();
+    });
+    EXPECT_TRUE(IsError(statuses[1], absl::StatusCode::kInternal, "pulled the plug"));
+    for (const int rank : {0, 2}) {
+      EXPECT_TRUE(IsError(statuses[rank], absl::StatusCode::kUnavailable, "is gone")) << rank;
+    }
+  }
+}
+
+TEST(Engine, WhenRankZeroFailsTheOthersEnd) {
+  const auto statuses = RunEngines({.num_ranks = 3}, [&](Engine& engine) -> absl::Status {
+    TERNION_RETURN_IF_ERROR(engine.Submit(RandomPrompt(20, 400, 1)).status());
+    for (int step = 0; step < 3; ++step) TERNION_RETURN_IF_ERROR(engine.Step().status());
+    return absl::InternalError("pulled the plug");
+  });
+  EXPECT_TRUE(IsError(statuses[0], absl::StatusCode::kInternal, "pulled the plug"));
+  for (const int rank : {1, 2}) {
+    EXPECT_TRUE(IsError(statuses[rank], absl::StatusCode::kUnavailable, "rank 0 is gone: pulled"));
+  }
+}
+
+TEST(Engine, WrongPlacementsAreAgreedErrors) {
+  test::TempDir directory;
+  const auto errors = [&](const std::string& placement) {
+    return RunEngines({.num_ranks = 2, .placement = placement},
+                      [](Engine&) { return absl::OkStatus(); });
+  };
+  for (const absl::Status& status : errors(directory.path() + "/none.json")) {
+    EXPECT_TRUE(IsError(status, absl::StatusCode::kNotFound, "none.json"));
+    EXPECT_TRUE(comm::IsAgreed(status));
+  }
+  const std::string beyond = directory.Write("beyond.json", PlacementJson([](int) { return 2; }));
+  for (const absl::Status& status : errors(beyond)) {
+    EXPECT_TRUE(IsInvalid(status, "beyond.json: placement of layer 0, expert 0: names rank 2"));
+  }
+}
+
+// A copy of a golden model with its config changed.
+class BrokenModel : public ::testing::Test {
+ protected:
+  absl::Status LoadWith(const std::string& name, const std::string& key, const Json& value) {
+    const std::string golden = TERNION_SOURCE_DIR "/tests/oracle/golden/" + name;
+    for (const auto& entry : std::filesystem::directory_iterator(golden)) {
+      std::filesystem::copy(entry.path(),
+                            std::filesystem::path(directory_.path()) / entry.path().filename(),
+                            std::filesystem::copy_options::overwrite_existing);
+    }
+    Json config = Json::parse(*base::ReadFile(golden + "/config.json"));
+    config[key] = value;
+    directory_.Write("config.json", config.dump());
+    const auto statuses = comm::RunLoopback(2, [&](comm::Transport& transport) -> absl::Status {
+      base::ThreadPool threads(1);
+      kernels::Executor executor{.threads = &threads};
+      return MakeEngine({.num_ranks = 2}, transport, executor, directory_.path()).status();
+    });
+    EXPECT_EQ(statuses[0], statuses[1]);
+    return statuses[0];
+  }
+
+  test::TempDir directory_;
+};
+
+TEST_F(BrokenModel, ConfigAndTensorsThatDisagree) {
+  constexpr char kMoe[] = "bitnet_moe_silu";
+  EXPECT_TRUE(LoadWith(kMoe, "num_experts", 8).ok());
+  EXPECT_TRUE(IsInvalid(LoadWith(kMoe, "num_experts", 7), "num_experts is 7"));
+  EXPECT_TRUE(IsError(LoadWith(kMoe, "num_experts", 9), absl::StatusCode::kNotFound,
+                      "model.layers.0.mlp.experts.8.gate_proj.weight"));
+  EXPECT_TRUE(IsInvalid(LoadWith(kMoe, "moe_intermediate_size", 68),
+                        "experts.0.gate_proj.weight has shape"));
+  EXPECT_TRUE(IsInvalid(LoadWith(kMoe, "vocab_size", 132), "embed_tokens.weight has shape"));
+  EXPECT_TRUE(IsError(LoadWith(kMoe, "num_hidden_layers", 3), absl::StatusCode::kNotFound,
+                      "model.layers.2."));
+  EXPECT_TRUE(IsError(LoadWith(kMoe, "tie_word_embeddings", false), absl::StatusCode::kNotFound,
+                      "lm_head.weight"));
+  EXPECT_TRUE(IsInvalid(LoadWith("bitnet_relu2_tied", "num_key_value_heads", 6),
+                        "k_proj.weight has shape"));
+}
+
+}  // namespace
+}  // namespace ternion::runtime
