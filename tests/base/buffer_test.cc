@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "gtest/gtest.h"
 
@@ -18,7 +19,18 @@ TEST(Buffer, IsZeroedAndAligned) {
     EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % alignment, 0u) << bytes;
     EXPECT_TRUE(
         std::all_of(buffer.data(), buffer.data() + bytes, [](uint8_t b) { return b == 0; }));
-    std::memset(buffer.data(), 0xff, bytes);
+  }
+}
+
+TEST(Buffer, IsZeroedWhenMemoryIsReused) {
+  for (int round = 0; round < 3; ++round) {
+    std::vector<Buffer> buffers;
+    for (int i = 0; i < 50; ++i) {
+      Buffer buffer(2000);
+      EXPECT_EQ(std::count(buffer.data(), buffer.data() + 2000, 0), 2000);
+      std::memset(buffer.data(), 0xff, 2000);
+      buffers.push_back(std::move(buffer));
+    }
   }
 }
 
