@@ -118,7 +118,11 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
                        static_cast<int64_t>(statuses.size());
     outcome = EncodeStatus(alike ? of_rank : base::Annotate(of_rank, absl::StrCat("rank ", rank)));
   }
-  TERNION_ASSIGN_OR_RETURN(outcome, Broadcast(transport, outcome));
+  return BroadcastStatus(transport, DecodeStatus(outcome));
+}
+
+absl::Status BroadcastStatus(Transport& transport, const absl::Status& status) {
+  TERNION_ASSIGN_OR_RETURN(const std::string outcome, Broadcast(transport, EncodeStatus(status)));
   absl::Status agreed = DecodeStatus(outcome);
   if (!agreed.ok()) agreed.SetPayload(kAgreedPayload, absl::Cord());
   return agreed;
