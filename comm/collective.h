@@ -23,8 +23,8 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status);
 // Rank 0's `status` on every rank, for what only rank 0 looks at.
 absl::Status BroadcastStatus(Transport& transport, const absl::Status& status);
 
-// Whether `status` is an error that one of the two above returned: every rank has it, so one of them may
-// report it and all may leave in peace.
+// Whether `status` is an error that one of the two above returned: every rank has it, so one of
+// them may report it and all may leave in peace.
 bool IsAgreed(const absl::Status& status);
 
 }  // namespace ternion::comm

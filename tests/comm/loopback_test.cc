@@ -160,6 +160,19 @@ TEST(CollectiveTest, AnErrorThatAllHaveNamesNoRank) {
   for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
 }
 
+TEST(CollectiveTest, BroadcastStatusGivesAllTheStatusOfRank0) {
+  const auto statuses = RunLoopback(3, [](Transport& transport) -> absl::Status {
+    const bool first = transport.rank() == kRank0;
+    const absl::Status agreed = BroadcastStatus(
+        transport, first ? absl::NotFoundError("no file") : absl::InternalError("not looked at"));
+    EXPECT_EQ(agreed.code(), absl::StatusCode::kNotFound);
+    EXPECT_EQ(agreed.message(), "no file");
+    EXPECT_TRUE(IsAgreed(agreed));
+    return BroadcastStatus(transport, absl::OkStatus());
+  });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+}
+
 TEST(CollectiveTest, ADamagedControlMessageIsAnError) {
   auto world = MakeLoopbackWorld(2);
   const auto broadcast_to_rank1 = [&](const std::string& bytes) {
