@@ -29,9 +29,9 @@ struct CommandResult {
 };
 
 struct CommandOptions {
-  std::map<std::string, std::string> environment;  // beside this process's own
-  std::string input;                               // stdin
-  bool close_output = false;                       // nobody reads stdout
+  std::map<std::string, std::string> environment = {};  // beside this process's own
+  std::string input = "";                               // stdin
+  bool close_output = false;                            // nobody reads stdout
   std::chrono::seconds time_limit = kTimeLimit;
 };
 

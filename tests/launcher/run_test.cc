@@ -1,0 +1,263 @@
+// `ternion run` and `ternion eval` as scripts see them.
+#include <cmath>
+#include <cstring>
+#include <set>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "gtest/gtest.h"
+#include "kernels/select.h"
+#include "launcher/npy.h"
+#include "tests/launcher/command.h"
+
+namespace ternion::launcher {
+namespace {
+
+// A float32 array of two dimensions as eval writes it.
+struct Matrix {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  std::vector<float> values;
+};
+
+Matrix ReadNpy(const std::string& path) {
+  const std::string bytes = ReadText(path);
+  Matrix matrix;
+  const size_t shape = bytes.find("'shape': (");
+  if (shape == std::string::npos) return matrix;
+  long long rows = 0, columns = 0;
+  std::sscanf(&bytes[shape], "'shape': (%lld, %lld)", &rows, &columns);
+  matrix = {rows, columns, std::vector<float>(rows * columns)};
+  const size_t begin = bytes.find('\n') + 1;
+  EXPECT_EQ(bytes.size() - begin, matrix.values.size() * sizeof(float)) << path;
+  if (bytes.size() - begin == matrix.values.size() * sizeof(float)) {
+    std::memcpy(matrix.values.data(), &bytes[begin], bytes.size() - begin);
+  }
+  return matrix;
+}
+
+class Command : public testing::Test {
+ protected:
+  // Runs, expects success, and returns what --json wrote.
+  Json Report(int ranks, const Strings& more, const CommandOptions& options = {}) {
+    const std::string json = directory_.path("report.json");
+    std::filesystem::remove(json);
+    Strings arguments = more;
+    arguments.insert(arguments.end(), {"--model", model_, "--json", json});
+    last_ = RunTernion(ranks, arguments, options);
+    EXPECT_EQ(last_.exit_code, 0) << last_.err;
+    return ReadJson(json);
+  }
+
+  const TempDir directory_;
+  const std::string model_ = SourcePath("models/tiny");
+  CommandResult last_;
+};
+
+void ExpectCounts(const Json& counts) {
+  for (const char* key : {"payload_bytes", "message_bytes", "messages", "rows"}) {
+    EXPECT_TRUE(counts.value(key, Json()).is_number_integer()) << key << " of " << counts;
+  }
+}
+
+TEST_F(Command, RunReport) {
+  const Json report = Report(2, {"run", "--prompt", "The ship was", "--max-tokens", "9"});
+  EXPECT_EQ(report["ranks"], 2);
+  for (const char* key : {"prefill_tok_s", "decode_tok_s", "load_seconds"}) {
+    ASSERT_TRUE(report[key].is_number()) << key;
+    EXPECT_GT(report[key].get<double>(), 0) << key;
+  }
+  EXPECT_EQ(report["logits_hash"].get<std::string>().find_first_not_of("0123456789abcdef"),
+            std::string::npos);
+  EXPECT_EQ(report["logits_hash"].get<std::string>().size(), 16u);
+  ASSERT_EQ(report["prompts"].size(), 1u);
+  const Json& prompt = report["prompts"][0];
+  EXPECT_TRUE(prompt["text"].is_string());
+  EXPECT_TRUE(prompt["finish_reason"] == "stop" || prompt["finish_reason"] == "length");
+  EXPECT_EQ(prompt["finish_reason"] == "length", prompt["token_ids"].size() == 9u);
+  EXPECT_EQ(report["wire"], (Json{{"dispatch", "int8"}, {"combine", "bf16"}, {"exact", false}}));
+  for (const char* phase : {"dispatch", "combine"}) {
+    const Json& traffic = report["traffic"][phase];
+    ExpectCounts(traffic);
+    EXPECT_GT(traffic["payload_bytes"], 0);
+    EXPECT_GT(traffic["message_bytes"], traffic["payload_bytes"]);
+    for (const char* scope : {"self", "intra_node", "inter_node"}) ExpectCounts(traffic[scope]);
+    EXPECT_EQ(traffic["inter_node"]["message_bytes"], 0);
+    EXPECT_EQ(traffic["intra_node"]["message_bytes"], traffic["message_bytes"]);
+  }
+  ASSERT_EQ(report["per_rank"].size(), 2u);
+  int experts = 0;
+  for (int rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(report["per_rank"][rank]["rank"], rank);
+    experts += report["per_rank"][rank]["experts"].get<int>();
+  }
+  EXPECT_EQ(experts, 4 * 16);
+}
+
+TEST_F(Command, TextStreamsAndEndsWithOneSummaryLine) {
+  const Json report = Report(2, {"run", "--prompt", "The ship was", "--max-tokens", "9"});
+  EXPECT_EQ(last_.out, "The ship was" + report["prompts"][0]["text"].get<std::string>() + "\n");
+  EXPECT_EQ(LinesThatStartWith(last_.err, "2 ranks: prefill ").size(), 1u) << last_.err;
+}
+
+TEST_F(Command, OneRankSendsNothing) {
+  const Json report = Report(1, {"run", "--prompt", "The ship was", "--max-tokens", "4"});
+  EXPECT_EQ(report["traffic"]["dispatch"]["message_bytes"], 0);
+  EXPECT_EQ(report["traffic"]["combine"]["message_bytes"], 0);
+}
+
+TEST_F(Command, SeedsDecideSampling) {
+  const auto tokens = [&](int ranks, const char* seed) {
+    return Report(
+        ranks, {"run", "--prompt", "The", "--max-tokens", "24", "--temperature", "1.2", "--top-p",
+                "0.95", "--wire", "exact", "--seed", seed})["prompts"][0]["token_ids"];
+  };
+  const Json first = tokens(0, "7");
+  EXPECT_EQ(tokens(0, "7"), first);
+  EXPECT_EQ(tokens(3, "7"), first);
+  EXPECT_NE(tokens(0, "8"), first);
+}
+
+TEST_F(Command, AnyInstructionSet) {
+  std::set<std::string> hashes, isas;
+  for (const std::string isa : kernels::AvailableIsas()) {
+    const Json report =
+        Report(0, {"run", "--prompt", "The ship was", "--max-tokens", "6", "--wire", "exact"},
+               {.environment = {{"TERNION_ISA", isa}}});
+    hashes.insert(report["logits_hash"]);
+    isas.insert(report["per_rank"][0]["isa"]);
+  }
+  EXPECT_EQ(hashes.size(), 1u);
+  EXPECT_EQ(isas.size(), kernels::AvailableIsas().size());
+}
+
+TEST_F(Command, UnknownInstructionSet) {
+  for (int ranks : {0, 3}) {
+    const CommandResult result = RunTernion(ranks, {"run", "--model", model_, "--prompt", "x"},
+                                            {.environment = {{"TERNION_ISA", "nonsense"}}});
+    EXPECT_EQ(result.exit_code, 1);
+    const Strings lines = LinesThatStartWith(result.err, "ternion: error:");
+    ASSERT_EQ(lines.size(), 1u) << result.err;
+    EXPECT_NE(lines[0].find("TERNION_ISA=nonsense"), std::string::npos) << lines[0];
+    EXPECT_NE(lines[0].find("scalar"), std::string::npos) << lines[0];
+  }
+}
+
+TEST_F(Command, EvalReport) {
+  const std::string text = directory_.path("text.txt");
+  WriteText(text, ReadText(SourcePath("models/tiny/heldout.txt")).substr(0, 6000));
+  const Json alone = Report(0, {"eval", "--text", text, "--wire", "exact"});
+  EXPECT_EQ(alone["bytes"], 6000);
+  EXPECT_GT(alone["tokens"], 600);
+  const double nll = alone["nll"];
+  EXPECT_NEAR(alone["bits_per_byte"], nll / std::log(2.0) / 6000, 1e-9);
+  EXPECT_NEAR(alone["perplexity"], std::exp(nll / alone["tokens"].get<double>()), 1e-6);
+  EXPECT_LT(alone["bits_per_byte"], 3.0);  // it has learned something
+  const Json three = Report(3, {"eval", "--text", text, "--wire", "exact"});
+  EXPECT_EQ(three["tokens"], alone["tokens"]);
+  // The same terms; the ranks' sums may be added in another order.
+  EXPECT_NEAR(three["nll"], nll, 1e-9 * nll);
+}
+
+// The checkpoints that the PyTorch oracle wrote, on two processes.
+TEST_F(Command, EvalLogitsMatchTheOracle) {
+  for (const char* name :
+       {"bitnet_moe_odd_vocab1003", "qwen3_moe_bitlinear_sharded", "bitnet_relu2_tied"}) {
+    SCOPED_TRACE(name);
+    const std::string golden = SourcePath("tests/oracle/golden/") + name;
+    const std::string out = directory_.path("logits.npy");
+    const CommandResult result =
+        RunTernion(2, {"eval", "--model", golden, "--ids-file", golden + "/ids.json",
+                       "--logits-out", out, "--wire", "exact"});
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    const Matrix expected = ReadNpy(golden + "/logits.npy"), actual = ReadNpy(out);
+    EXPECT_EQ(actual.rows, static_cast<int64_t>(ReadJson(golden + "/ids.json").size()));
+    EXPECT_EQ(actual.columns, ReadJson(golden + "/config.json")["vocab_size"]);
+    ASSERT_EQ(actual.rows, expected.rows);
+    ASSERT_EQ(actual.columns, expected.columns);
+    for (size_t i = 0; i < expected.values.size(); ++i) {
+      ASSERT_NEAR(actual.values[i], expected.values[i], 1e-3) << "element " << i;
+    }
+  }
+}
+
+TEST_F(Command, PromptsOfAFileAreNumbered) {
+  const std::string prompts = directory_.path("prompts.txt");
+  WriteText(prompts, "The ship was\r\nA man\nno newline at the end");
+  const Json report = Report(2, {"run", "--prompt-file", prompts, "--max-tokens", "3"});
+  ASSERT_EQ(report["prompts"].size(), 3u);
+  EXPECT_EQ(report["prompts"][0]["prompt"], "The ship was");
+  EXPECT_EQ(report["prompts"][2]["prompt"], "no newline at the end");
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(LinesThatStartWith(last_.out, absl::StrCat("[", i + 1, "] ")).size(), 1u)
+        << last_.out;
+  }
+}
+
+TEST_F(Command, InteractiveEndsWithItsInput) {
+  for (int ranks : {0, 2}) {
+    const CommandResult result =
+        RunTernion(ranks, {"run", "--model", model_, "-i", "--max-tokens", "4"},
+                   {.input = "The ship\n\n" + std::string(9000, 'z') + "\nA man\n"});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_NE(result.out.find("The ship"), std::string::npos) << result.out;
+    EXPECT_NE(result.out.find("A man"), std::string::npos) << "after a prompt that is too long";
+  }
+}
+
+// Text of any bytes goes through, and the report stays JSON.
+TEST_F(Command, PromptsOfAnyBytes) {
+  for (const std::string prompt :
+       {"two\nlines", "\U0001f680\U0001f468\u200d\U0001f469", "broken \xff\xc3 utf-8"}) {
+    const Json report = Report(0, {"run", "--prompt", prompt, "--max-tokens", "4"});
+    EXPECT_TRUE(report.is_object()) << prompt;
+    EXPECT_TRUE(last_.out.starts_with(prompt));
+  }
+}
+
+TEST_F(Command, GenerationEndsWithTheModelsPositions) {
+  const Json report = Report(2, {"run", "--prompt", "The", "--max-tokens", "1048576"});
+  const size_t tokens = report["prompts"][0]["token_ids"].size();
+  EXPECT_GT(tokens, 0u);
+  EXPECT_LE(tokens, 512u);
+}
+
+TEST_F(Command, MoreRanksAndThreadsThanCores) {
+  const Json report =
+      Report(8, {"run", "--prompt", "The ship was", "--max-tokens", "8", "--wire", "exact"});
+  const Json alone = Report(0, {"run", "--prompt", "The ship was", "--max-tokens", "8", "--wire",
+                                "exact", "--threads", "32"});
+  EXPECT_EQ(report["logits_hash"], alone["logits_hash"]);
+  EXPECT_EQ(alone["per_rank"][0]["threads"], 32);
+}
+
+TEST_F(Command, Help) {
+  for (const Strings& words :
+       {Strings{}, {"run"}, {"eval"}, {"bench"}, {"bench", "kernels"}, {"inspect"}, {"synth"}}) {
+    for (int ranks : {0, 2}) {
+      Strings arguments = words;
+      arguments.push_back("--help");
+      const CommandResult result = RunTernion(ranks, arguments);
+      EXPECT_EQ(result.exit_code, 0) << result.err;
+      EXPECT_EQ(LinesThatStartWith(result.out, "Usage: ternion").size(), 1u) << result.out;
+      if (words.size() > 0 && ranks == 2) break;
+    }
+  }
+}
+
+TEST(NpyHeader, IsWhatNumpyReads) {
+  for (int64_t rows : {int64_t{1}, int64_t{12}, int64_t{123456789}}) {
+    const std::string header = NpyHeader(rows, 4096);
+    EXPECT_EQ(header.substr(0, 8), std::string("\x93NUMPY\x01\x00", 8));
+    EXPECT_EQ(header.size() % 64, 0u);
+    const size_t dict = static_cast<uint8_t>(header[8]) + 256 * static_cast<uint8_t>(header[9]);
+    EXPECT_EQ(header.size(), 10 + dict);
+    EXPECT_EQ(header.back(), '\n');
+    EXPECT_EQ(header.find("{'descr': '<f4', 'fortran_order': False, 'shape': (" +
+                          std::to_string(rows) + ", 4096), }"),
+              10u);
+  }
+}
+
+}  // namespace
+}  // namespace ternion::launcher

@@ -1,0 +1,123 @@
+// `ternion synth` and `ternion inspect`.
+#include <string>
+
+#include "gtest/gtest.h"
+#include "launcher/shapes.h"
+#include "runtime/config.h"
+#include "tests/launcher/command.h"
+
+namespace ternion::launcher {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Sizes that divide nothing.
+Json SmallConfig(const std::string& model_type) {
+  Json config = {{"model_type", model_type},
+                 {"vocab_size", 301},
+                 {"hidden_size", 84},
+                 {"num_hidden_layers", 2},
+                 {"num_attention_heads", 6},
+                 {"num_key_value_heads", 3},
+                 {"head_dim", 14},
+                 {"max_position_embeddings", 128},
+                 {"rms_norm_eps", 1e-5},
+                 {"rope_theta", 10000.0},
+                 {"tie_word_embeddings", model_type != "qwen3_moe"}};
+  if (model_type == "bitnet") {
+    config["hidden_act"] = "relu2";
+    config["intermediate_size"] = 130;
+    return config;
+  }
+  config["hidden_act"] = "silu";
+  config["num_experts"] = 7;
+  config["num_experts_per_tok"] = 3;
+  config["moe_intermediate_size"] = 46;
+  config["norm_topk_prob"] = true;
+  if (model_type == "bitnet_moe") config["shared_expert_intermediate_size"] = 50;
+  return config;
+}
+
+class Synth : public testing::TestWithParam<const char*> {
+ protected:
+  Synth() { WriteText(config_, SmallConfig(GetParam()).dump()); }
+
+  CommandResult Make(const std::string& out, const std::string& seed) const {
+    return RunTernion(0, {"synth", "--config", config_, "--seed", seed, "--out", out});
+  }
+
+  const TempDir directory_;
+  const std::string config_ = directory_.path("small.json");
+};
+
+TEST_P(Synth, WritesAModelThatRuns) {
+  const std::string model = directory_.path("model");
+  ASSERT_EQ(Make(model, "3").exit_code, 0);
+
+  const CommandResult inspected = RunTernion(0, {"inspect", "--model", model});
+  EXPECT_EQ(inspected.exit_code, 0) << inspected.err;
+  EXPECT_TRUE(inspected.out.starts_with(GetParam())) << inspected.out;
+  EXPECT_NE(inspected.out.find("model.layers.1.self_attn.o_proj.weight_scale"), std::string::npos);
+
+  const std::string ids = directory_.path("ids.json"), logits = directory_.path("x.npy");
+  WriteText(ids, "[1, 300, 5, 77]");
+  const CommandResult evaluated =
+      RunTernion(2, {"eval", "--model", model, "--ids-file", ids, "--logits-out", logits});
+  EXPECT_EQ(evaluated.exit_code, 0) << evaluated.err;
+  EXPECT_EQ(fs::file_size(logits), 128 + 4 * 301 * sizeof(float));
+
+  std::string hash;
+  for (int ranks : {0, 2}) {
+    const std::string json = directory_.path("j.json");
+    const CommandResult run =
+        RunTernion(ranks, {"run", "--model", model, "--prompt", "any bytes \xff", "--max-tokens",
+                           "5", "--wire", "exact", "--json", json});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+    const std::string now = ReadJson(json)["logits_hash"];
+    EXPECT_TRUE(hash.empty() || hash == now) << hash << " " << now;
+    hash = now;
+  }
+}
+
+TEST_P(Synth, SeedsDecideTheBytes) {
+  for (const auto& [name, seed] : {std::pair("a", "3"), {"b", "3"}, {"c", "4"}}) {
+    ASSERT_EQ(Make(directory_.path(name), seed).exit_code, 0);
+  }
+  for (const auto& entry : fs::directory_iterator(directory_.path("a"))) {
+    const std::string name = entry.path().filename();
+    const std::string bytes = ReadText(entry.path());
+    EXPECT_EQ(bytes, ReadText(directory_.path("b/" + name))) << name;
+    EXPECT_EQ(bytes == ReadText(directory_.path("c/" + name)), !name.ends_with(".safetensors"))
+        << name;
+  }
+}
+
+TEST_P(Synth, LeavesWhatExists) {
+  const std::string model = directory_.path("model");
+  fs::create_directory(model);
+  WriteText(model + "/precious", "x");
+  const CommandResult result = Make(model, "3");
+  EXPECT_EQ(result.exit_code, 1);
+  EXPECT_EQ(LinesThatStartWith(result.err, "ternion: error:").size(), 1u) << result.err;
+  EXPECT_EQ(ReadText(model + "/precious"), "x");
+  EXPECT_EQ(std::distance(fs::directory_iterator(model), fs::directory_iterator()), 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, Synth, testing::Values("bitnet", "bitnet_moe", "qwen3_moe"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST(Shapes, AreConfigs) {
+  for (const std::string& name : ShapeNames()) {
+    absl::StatusOr<Json> config = ShapeConfig(name);
+    ASSERT_TRUE(config.ok()) << config.status();
+    (*config)["quantization_config"] = {{"quant_method", "bitnet"},
+                                        {"linear_class", "autobitlinear"},
+                                        {"quantization_mode", "offline"}};
+    const auto parsed = runtime::ParseModelConfig(config->dump());
+    EXPECT_TRUE(parsed.ok()) << name << ": " << parsed.status();
+  }
+  EXPECT_FALSE(ShapeConfig("bitnet").ok());
+}
+
+}  // namespace
+}  // namespace ternion::launcher
