@@ -75,6 +75,12 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes) 
 }
 
 absl::StatusOr<AtomicFile> AtomicFile::Create(const std::string& path) {
+  // A rename would put a file in the place of a device or a pipe, /dev/null for example.
+  struct stat info;
+  if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot write ", path, ": it is not a regular file"));
+  }
   std::string temporary = absl::StrCat(path, ".partial-XXXXXX");
   const int fd = mkstemp(temporary.data());
   if (fd < 0) return FileError("cannot write", path);

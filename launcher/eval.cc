@@ -32,6 +32,7 @@ absl::StatusOr<std::vector<int32_t>> ReadIds(const std::string& path) {
   return json.get<std::vector<int32_t>>();
 }
 
+// Rank 0, before the model is loaded.
 absl::Status CheckOptions(const EvalOptions& options) {
   const bool ids = !options.ids_file.empty(), text = !options.text.empty();
   if (ids == text) return absl::InvalidArgumentError("eval needs either --ids-file or --text");
@@ -41,7 +42,8 @@ absl::Status CheckOptions(const EvalOptions& options) {
   if (text && !options.logits_out.empty()) {
     return absl::InvalidArgumentError("--logits-out goes with --ids-file");
   }
-  return absl::OkStatus();
+  TERNION_RETURN_IF_ERROR(CheckWritable(options.logits_out));
+  return CheckWritable(options.json);
 }
 
 // Rank 0's side of `eval`.
@@ -146,11 +148,12 @@ absl::Status Evaluation::Finish() {
 }  // namespace
 
 absl::Status Eval(const EvalOptions& options, World& world) {
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), CheckOptions(options)));
+  const absl::Status usable = world.is_root() ? CheckOptions(options) : absl::OkStatus();
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), usable));
   TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
   Evaluation evaluation(options, *loaded.engine);
   const absl::Status ready = world.is_root() ? evaluation.Prepare() : absl::OkStatus();
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), ready));
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), ready));
   if (!world.is_root()) {
     TERNION_RETURN_IF_ERROR(loaded.engine->Follow());
   } else {
@@ -158,7 +161,7 @@ absl::Status Eval(const EvalOptions& options, World& world) {
     TERNION_RETURN_IF_ERROR(loaded.engine->Stop());
   }
   const absl::Status finished = world.is_root() ? evaluation.Finish() : absl::OkStatus();
-  return comm::AgreeOnStatus(world.transport(), finished);
+  return comm::BroadcastStatus(world.transport(), finished);
 }
 
 }  // namespace ternion::launcher

@@ -35,15 +35,17 @@ absl::Status WithoutExceptions(const std::function<absl::Status()>& body) {
   }
 }
 
-// Runs `body` on this rank. An error that all ranks agree on is printed once; one that only this rank has is
-// printed by it, and ends the others.
+// Runs `body` on this rank. An error that only this rank has is printed by it, and ends the others.
+// One that all ranks agree on is rank 0's to tell: the others leave with 0, since mpirun ends the
+// job at the first exit code that is not, perhaps before rank 0 has printed.
 int RunInWorld(const WorldOptions& options, const std::function<absl::Status(World&)>& body) {
   absl::StatusOr<std::unique_ptr<World>> world = World::Create(options);
   const absl::Status status =
       world.ok() ? WithoutExceptions([&] { return body(**world); }) : world.status();
   if (status.ok()) return 0;
   if (comm::IsAgreed(status)) {
-    if (RankFromEnvironment() == 0) PrintError(status);
+    if (RankFromEnvironment() != 0) return 0;
+    PrintError(status);
     return kExitError;
   }
   PrintError(base::Annotate(status, absl::StrCat("rank ", RankFromEnvironment())));
@@ -75,19 +77,23 @@ void AddRun(CLI::App& app, RunOptions& options) {
   command->add_option("--temperature", options.sampling.temperature, "0: greedy")
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str();
-  command->add_option("--top-k", options.sampling.top_k, "Sample from the k likeliest tokens; 0: all")
+  command
+      ->add_option("--top-k", options.sampling.top_k, "Sample from the k likeliest tokens; 0: all")
       ->check(CLI::Range(0, 1 << 22))
       ->capture_default_str();
-  command->add_option("--top-p", options.sampling.top_p, "Sample from the likeliest tokens of this mass")
+  command
+      ->add_option("--top-p", options.sampling.top_p,
+                   "Sample from the likeliest tokens of this mass")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
-  command->add_option("--json", options.json, "Write tokens, rates, hashes and traffic to this file");
+  command->add_option("--json", options.json,
+                      "Write tokens, rates, hashes and traffic to this file");
 }
 
 void AddEval(CLI::App& app, EvalOptions& options) {
-  CLI::App* command =
-      app.add_subcommand("eval", "Logits of given token ids, or bits per byte and perplexity of a text");
+  CLI::App* command = app.add_subcommand(
+      "eval", "Logits of given token ids, or bits per byte and perplexity of a text");
   AddEngineFlags(*command, options.engine);
   CLI::Option_group* source = command->add_option_group("input");
   source->add_option("--ids-file", options.ids_file, "JSON array of token ids");
@@ -122,11 +128,10 @@ void AddSynth(CLI::App& app, SynthOptions& options) {
   command->add_option("--out", options.out, "Directory to create")->required();
 }
 
-// CLI11's verdict on the command line. Every rank sees the same one; rank 0 prints it.
+// CLI11's verdict on the command line. Every rank sees the same one; rank 0 tells it.
 int ExitWithUsage(CLI::App& app, const CLI::ParseError& error) {
-  const bool asked = error.get_exit_code() == 0;  // --help, --version
-  if (RankFromEnvironment() != 0) return asked ? 0 : kExitUsage;
-  if (asked) return app.exit(error);
+  if (RankFromEnvironment() != 0) return 0;
+  if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
   std::fprintf(stderr, "ternion: error: %s (see ternion --help)\n", error.what());
   return kExitUsage;
 }
@@ -134,7 +139,7 @@ int ExitWithUsage(CLI::App& app, const CLI::ParseError& error) {
 int Main(int argc, char** argv) {
   CLI::App app("Ternion: distributed Mixture-of-Experts inference for ternary models", "ternion");
   app.set_version_flag("--version", TERNION_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);  // none: see below; CLI11's own check would hide a misspelt one
   RunOptions run;
   EvalOptions eval;
   BenchKernelsOptions bench;
@@ -147,6 +152,7 @@ int Main(int argc, char** argv) {
   AddSynth(app, synth);
   try {
     app.parse(argc, argv);
+    if (app.get_subcommands().empty()) throw CLI::RequiredError("A subcommand");
   } catch (const CLI::ParseError& error) {
     return ExitWithUsage(app, error);
   }

@@ -88,6 +88,10 @@ Json WireJson(const runtime::WireOptions& wire) {
           {"exact", wire.exact}};
 }
 
+absl::Status CheckWritable(const std::string& path) {
+  return path.empty() ? absl::OkStatus() : base::AtomicFile::Create(path).status();
+}
+
 absl::Status WriteJson(const std::string& path, const Json& json) {
   return base::WriteFileAtomically(
       path, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");

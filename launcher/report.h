@@ -27,6 +27,9 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
 // {"dispatch", "combine", "exact"} as the engine runs them.
 Json WireJson(const runtime::WireOptions& wire);
 
+// Whether `path` can be written, to be asked before the work whose result goes there. An empty path can.
+absl::Status CheckWritable(const std::string& path);
+
 // Writes `json` to `path`, whole or not at all. Text that is not UTF-8 is replaced by U+FFFD.
 absl::Status WriteJson(const std::string& path, const Json& json);
 

@@ -208,7 +208,9 @@ absl::Status Session::Finish(const WorldReport& report, int ranks) const {
   return options_.json.empty() ? absl::OkStatus() : WriteJson(options_.json, ToJson(report, ranks));
 }
 
+// Rank 0, before the model is loaded.
 absl::StatusOr<std::vector<std::string>> ReadPrompts(const RunOptions& options) {
+  TERNION_RETURN_IF_ERROR(CheckWritable(options.json));
   if (options.interactive) return std::vector<std::string>();
   if (options.prompt_file.empty()) {
     if (options.prompt.empty()) return absl::InvalidArgumentError("--prompt is empty");
@@ -245,14 +247,15 @@ absl::Status Prepare(const RunOptions& options, const std::vector<std::string>& 
 }  // namespace
 
 absl::Status Run(const RunOptions& options, World& world) {
-  absl::StatusOr<std::vector<std::string>> prompts = ReadPrompts(options);
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), prompts.status()));
+  absl::StatusOr<std::vector<std::string>> prompts;
+  prompts = world.is_root() ? ReadPrompts(options) : std::vector<std::string>();
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), prompts.status()));
   TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
   std::unique_ptr<runtime::Tokenizer> tokenizer;
   std::unique_ptr<Session> session;
   absl::Status ready;
   if (world.is_root()) ready = Prepare(options, *prompts, tokenizer, loaded, session);
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), ready));
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), ready));
 
   if (world.is_root()) {
     TERNION_RETURN_IF_ERROR(options.interactive ? session->Interact() : session->RunToEnd());
@@ -263,7 +266,7 @@ absl::Status Run(const RunOptions& options, World& world) {
   TERNION_ASSIGN_OR_RETURN(const WorldReport report, CollectReport(loaded, world));
   const absl::Status finished =
       world.is_root() ? session->Finish(report, world.transport().size()) : absl::OkStatus();
-  return comm::AgreeOnStatus(world.transport(), finished);
+  return comm::BroadcastStatus(world.transport(), finished);
 }
 
 }  // namespace ternion::launcher

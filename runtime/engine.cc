@@ -3,6 +3,7 @@
 #include <sys/sysinfo.h>
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "base/file.h"
@@ -13,8 +14,9 @@
 namespace ternion::runtime {
 namespace {
 
-absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(
-    const std::string& name, const ModelConfig& config, int num_ranks) {
+absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(const std::string& name,
+                                                                        const ModelConfig& config,
+                                                                        int num_ranks) {
   using experts::Placement;
   if (name == "contiguous") {
     return std::make_shared<const Placement>(
@@ -30,16 +32,26 @@ absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(
   return std::make_shared<const Placement>(*std::move(placement));
 }
 
+int64_t MemoryBytes() {
+  struct sysinfo info;
+  return sysinfo(&info) == 0 ? int64_t(info.totalram) * info.mem_unit : 0;
+}
+
 // A quarter of the memory, shared by the ranks of this node.
 int64_t DefaultKvTokens(const KvShape& shape, const comm::Transport& transport) {
   int64_t ranks_here = 0;
   for (int rank = 0; rank < transport.size(); ++rank) {
     ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
   }
-  struct sysinfo info;
-  const int64_t memory = sysinfo(&info) == 0 ? int64_t(info.totalram) * info.mem_unit : 0;
-  const int64_t tokens = memory / 4 / ranks_here / shape.bytes_per_token();
+  const int64_t tokens = MemoryBytes() / 4 / ranks_here / shape.bytes_per_token();
   return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
+}
+
+absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape) {
+  const int64_t most = MemoryBytes() / shape.bytes_per_token();
+  if (tokens <= most) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("a KV cache of ", tokens, " tokens: this machine's memory holds ", most));
 }
 
 KvShape ShapeOf(const ModelConfig& config) {
@@ -66,12 +78,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
                                                             const LoadProgress& progress) {
   TERNION_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model_directory));
   const ModelConfig& config = checkpoint.config();
-  TERNION_ASSIGN_OR_RETURN(
-      std::shared_ptr<const experts::Placement> placement,
-      MakePlacement(options.placement, config, resources.transport->size()));
+  TERNION_ASSIGN_OR_RETURN(std::shared_ptr<const experts::Placement> placement,
+                           MakePlacement(options.placement, config, resources.transport->size()));
   const int64_t kv_tokens = options.kv_tokens > 0
                                 ? options.kv_tokens
                                 : DefaultKvTokens(ShapeOf(config), *resources.transport);
+  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, ShapeOf(config)));
   std::unique_ptr<Engine> engine(new Engine(config, resources, options, kv_tokens));
   const ModelOptions model_options = {
       .max_rows = options.max_rows,
@@ -85,7 +97,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options,
                                                        const RankResources& resources,
                                                        const LoadProgress& progress) {
-  absl::StatusOr<std::unique_ptr<Engine>> engine = CreateLocal(options, resources, progress);
+  absl::StatusOr<std::unique_ptr<Engine>> engine;
+  try {
+    engine = CreateLocal(options, resources, progress);
+  } catch (const std::bad_alloc&) {
+    engine = absl::ResourceExhaustedError("out of memory while loading the model");
+  }
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*resources.transport, engine.status()));
   return engine;
 }
@@ -158,8 +175,8 @@ absl::Status Engine::Prepare(const StepPlan& plan) {
     const auto found = sequences_.find(chunk.sequence);
     const int64_t count = static_cast<int64_t>(chunk.tokens.size());
     if (found == sequences_.end() || batch_.num_rows() + count > options_.max_rows ||
-        chunk.position + count > std::min(found->second.pages.capacity_tokens(),
-                                          config_.max_positions)) {
+        chunk.position + count >
+            std::min(found->second.pages.capacity_tokens(), config_.max_positions)) {
       return absl::InvalidArgumentError(absl::StrCat("step ", plan.step, ": sequence ",
                                                      base::Index(chunk.sequence),
                                                      " does not fit what this rank reserved"));
@@ -187,8 +204,8 @@ absl::StatusOr<std::vector<ChunkResult>> Engine::Execute(const StepPlan& plan) {
     for (int32_t i = first; i < count; ++i) {
       logit_rows_.push_back({&chunk, i, row + i, static_cast<int32_t>(results.size())});
     }
-    results.push_back({.sequence = chunk.sequence,
-                       .logits_hash = sequences_.at(chunk.sequence).logits_hash});
+    results.push_back(
+        {.sequence = chunk.sequence, .logits_hash = sequences_.at(chunk.sequence).logits_hash});
     row += count;
   }
   RunHead(results);
