@@ -9,9 +9,9 @@
 
 namespace ternion::base {
 
-// `bytes` of zeroed memory from anonymous pages: 64-byte aligned, 2 MiB aligned and advised to be huge
-// pages when it is that large (plain pages cost a streaming kernel up to half of its speed). Move-only.
-// Running out of memory is std::bad_alloc.
+// `bytes` of zeroed memory from anonymous pages: 64-byte aligned, 2 MiB aligned and advised to be
+// huge pages when it is that large (plain pages cost a streaming kernel up to half of its speed).
+// Move-only. Running out of memory is std::bad_alloc.
 class Buffer {
  public:
   Buffer() = default;

@@ -13,6 +13,6 @@ namespace ternion::base {
 
 }  // namespace ternion::base
 
-#define TERNION_CHECK(condition)                                               \
-  ((condition) ? static_cast<void>(0)                                          \
+#define TERNION_CHECK(condition)      \
+  ((condition) ? static_cast<void>(0) \
                : ::ternion::base::CheckFailed(#condition, __FILE__, __LINE__))

@@ -13,7 +13,8 @@ namespace ternion::base {
 // A whole file mapped read-only. Pages are loaded when touched. Move-only.
 class MappedFile {
  public:
-  // NotFound, PermissionDenied or InvalidArgument (a directory, an empty file) with the path in the text.
+  // NotFound, PermissionDenied or InvalidArgument (a directory, an empty file) with the path in the
+  // text.
   static absl::StatusOr<MappedFile> Open(const std::string& path);
 
   MappedFile() = default;
@@ -33,8 +34,8 @@ class MappedFile {
 // The file's whole content. `max_bytes` guards against reading a disk into memory.
 absl::StatusOr<std::string> ReadFile(const std::string& path, size_t max_bytes = size_t{1} << 30);
 
-// A file that appears under its name only when Commit succeeds; until then, and after an error, `path`
-// is as it was before.
+// A file that appears under its name only when Commit succeeds; until then, and after an error,
+// `path` is as it was before.
 class AtomicFile {
  public:
   static absl::StatusOr<AtomicFile> Create(const std::string& path);

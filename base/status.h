@@ -1,7 +1,7 @@
 // Status macros that Debian's Abseil lacks, and CHECK for our own bugs.
 //
-// Errors of the world (files, network, users, dead peers) travel as absl::Status. A failed CHECK is a
-// bug in Ternion: it prints the condition and aborts.
+// Errors of the world (files, network, users, dead peers) travel as absl::Status. A failed CHECK is
+// a bug in Ternion: it prints the condition and aborts.
 #pragma once
 
 #include <utility>
@@ -15,12 +15,13 @@
 #define TERNION_CONCAT(a, b) TERNION_CONCAT_INNER(a, b)
 
 // Returns from the enclosing function if `expr` (an absl::Status) is not ok.
-#define TERNION_RETURN_IF_ERROR(expr)                                \
-  do {                                                               \
+#define TERNION_RETURN_IF_ERROR(expr)                                 \
+  do {                                                                \
     if (absl::Status status_ = (expr); !status_.ok()) return status_; \
   } while (false)
 
-// Evaluates `expr` (an absl::StatusOr<T>), returns its status on error, else moves the value to `lhs`.
+// Evaluates `expr` (an absl::StatusOr<T>), returns its status on error, else moves the value to
+// `lhs`.
 #define TERNION_ASSIGN_OR_RETURN(lhs, expr) \
   TERNION_ASSIGN_OR_RETURN_IMPL(TERNION_CONCAT(status_or_, __LINE__), lhs, expr)
 #define TERNION_ASSIGN_OR_RETURN_IMPL(tmp, lhs, expr) \

@@ -12,11 +12,13 @@
 
 namespace ternion::base {
 
-// Bytes of scratch each thread owns for the length of one Run. Sized for a GEMM block that stays in L2.
+// Bytes of scratch each thread owns for the length of one Run. Sized for a GEMM block that stays in
+// L2.
 inline constexpr size_t kScratchBytesPerThread = size_t{1} << 20;
 
-// Owned by the rank worker; used by one caller at a time. The caller is thread 0 and works too. Idle
-// workers spin briefly, then sleep, so that oversubscribed ranks do not steal each other's cores.
+// Owned by the rank worker; used by one caller at a time. The caller is thread 0 and works too.
+// Idle workers spin briefly, then sleep, so that oversubscribed ranks do not steal each other's
+// cores.
 class ThreadPool {
  public:
   // `cpus`: CPU numbers to pin threads to, in order; empty leaves placement to the kernel.

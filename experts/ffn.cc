@@ -15,8 +15,8 @@ FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate)
       sums_(max_rows) {}
 
 void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
-            const kernels::QuantizedRows& x, std::span<const FfnGroup> groups, FfnWorkspace& workspace,
-            float* y) {
+            const kernels::QuantizedRows& x, std::span<const FfnGroup> groups,
+            FfnWorkspace& workspace, float* y) {
   TERNION_CHECK(x.num_rows <= workspace.max_rows_);
   const int64_t inner = config.intermediate;
   float* gate = workspace.gate_.data();
@@ -40,9 +40,9 @@ void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const 
                .stride = inner,
                .activation = config.activation},
               executor);
-  const kernels::QuantizedRows inner_rows = {workspace.codes_.data(), workspace.scales_.data(),
-                                             workspace.sums_.data(),  x.num_rows,
-                                             inner,                   CodeStride(inner)};
+  const kernels::QuantizedRows inner_rows = {
+      workspace.codes_.data(), workspace.scales_.data(), workspace.sums_.data(), x.num_rows, inner,
+      CodeStride(inner)};
   kernels.quantize({.x = gate,
                     .weight = config.sub_norm,
                     .out = inner_rows,

@@ -1,6 +1,7 @@
 // The gated feed-forward of a ternary block: down(quantize(norm(act(gate x) * up x))).
 //
-// One code path serves dense MLPs, shared experts and routed experts: a list of (weights, rows) groups.
+// One code path serves dense MLPs, shared experts and routed experts: a list of (weights, rows)
+// groups.
 #pragma once
 
 #include <cstdint>
@@ -43,21 +44,22 @@ class FfnWorkspace {
 
  private:
   friend void RunFfn(const kernels::Kernels&, kernels::Executor&, const FfnConfig&,
-                     const kernels::QuantizedRows&, std::span<const FfnGroup>, FfnWorkspace&, float*);
+                     const kernels::QuantizedRows&, std::span<const FfnGroup>, FfnWorkspace&,
+                     float*);
 
   int64_t max_rows_ = 0;
-  base::Array<float> gate_;         // [max_rows, intermediate]
-  base::Array<float> up_;           // [max_rows, intermediate]
-  base::Array<int8_t> codes_;       // down's input, [max_rows, CodeStride(intermediate)]
-  base::Array<float> scales_;       // [max_rows]
-  base::Array<int32_t> sums_;       // [max_rows]
+  base::Array<float> gate_;    // [max_rows, intermediate]
+  base::Array<float> up_;      // [max_rows, intermediate]
+  base::Array<int8_t> codes_;  // down's input, [max_rows, CodeStride(intermediate)]
+  base::Array<float> scales_;  // [max_rows]
+  base::Array<int32_t> sums_;  // [max_rows]
   std::vector<kernels::TernaryGroup> groups_;
 };
 
 // y [x.num_rows, hidden] = each group's feed-forward of its rows of x. Groups cover disjoint rows;
 // x.num_rows <= workspace.max_rows().
 void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
-            const kernels::QuantizedRows& x, std::span<const FfnGroup> groups, FfnWorkspace& workspace,
-            float* y);
+            const kernels::QuantizedRows& x, std::span<const FfnGroup> groups,
+            FfnWorkspace& workspace, float* y);
 
 }  // namespace ternion::experts

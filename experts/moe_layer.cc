@@ -39,9 +39,9 @@ GateChoice ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input
 absl::Status CheckHeld(const ExpertShard& shard, const comm::ReceivedRows& received) {
   for (const comm::Route& route : received.routes) {
     if (!shard.Holds(route.expert)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("a peer sent rows for expert ", base::Index(route.expert),
-                       ", which is not placed on this rank"));
+      return absl::InvalidArgumentError(absl::StrCat("a peer sent rows for expert ",
+                                                     base::Index(route.expert),
+                                                     ", which is not placed on this rank"));
     }
   }
   return absl::OkStatus();

@@ -30,7 +30,8 @@ struct MoeLayerWeights {
 struct MoeContext {
   // `max_rows`: own rows of one step; `num_ranks` times as many can arrive.
   MoeContext(const GateConfig& gate, const comm::ExchangeOptions& options, int64_t intermediate,
-             comm::Transport* transport, const kernels::Kernels* kernels, kernels::Executor* executor);
+             comm::Transport* transport, const kernels::Kernels* kernels,
+             kernels::Executor* executor);
 
   const GateConfig gate;
   comm::Transport* const transport;
@@ -42,7 +43,7 @@ struct MoeContext {
   base::Array<int32_t> experts;  // [max_rows, top_k]
   base::Array<float> weights;    // [max_rows, top_k]
   comm::DispatchPlan plan;
-  base::Array<float> outputs;    // what goes back: grows to the most rows (or routes) received
+  base::Array<float> outputs;  // what goes back: grows to the most rows (or routes) received
 };
 
 struct MoeInput {
@@ -52,8 +53,8 @@ struct MoeInput {
   uint32_t layer = 0;
 };
 
-// hidden [num_rows, hidden] += the layer's output. Collective: every rank calls it equally often, with zero
-// rows when idle. Errors come from the exchange and name the peer.
+// hidden [num_rows, hidden] += the layer's output. Collective: every rank calls it equally often,
+// with zero rows when idle. Errors come from the exchange and name the peer.
 absl::Status MoeForward(const MoeLayerWeights& weights, const Placement& placement,
                         const MoeInput& input, MoeContext& context, float* hidden);
 

@@ -12,7 +12,8 @@ using Json = nlohmann::json;
 
 absl::Status AddRank(const Json& value, int num_ranks, std::vector<RankId>& ranks) {
   if (!value.is_number_integer()) {
-    return absl::InvalidArgumentError(absl::StrCat("a rank must be an integer, not ", value.dump()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("a rank must be an integer, not ", value.dump()));
   }
   const int64_t rank = value.get<int64_t>();
   if (rank < 0 || rank >= num_ranks) {

@@ -13,18 +13,18 @@ namespace ternion::experts {
 using base::ExpertId;
 using base::RankId;
 
-// (layer, expert) -> one or more ranks, ascending. Immutable; the same on every rank. Any uneven layout is
-// valid, also ranks without experts.
+// (layer, expert) -> one or more ranks, ascending. Immutable; the same on every rank. Any uneven
+// layout is valid, also ranks without experts.
 class Placement {
  public:
   // Expert e of every layer on rank floor(e * num_ranks / num_experts).
   static Placement Contiguous(int num_layers, int num_experts, int num_ranks);
 
   // From JSON text (docs/placement.md): {"experts": [R, ...]} for all layers alike, or
-  // {"layers": [[R, ...], ...]}; R is a rank or an array of ranks. InvalidArgument names the layer and the
-  // expert when counts do not match or a rank does not exist.
-  static absl::StatusOr<Placement> FromJson(const std::string& text, int num_layers, int num_experts,
-                                            int num_ranks);
+  // {"layers": [[R, ...], ...]}; R is a rank or an array of ranks. InvalidArgument names the layer
+  // and the expert when counts do not match or a rank does not exist.
+  static absl::StatusOr<Placement> FromJson(const std::string& text, int num_layers,
+                                            int num_experts, int num_ranks);
 
   std::span<const RankId> RanksOf(int layer, ExpertId expert) const;
   // Experts of `rank` in `layer`, ascending.

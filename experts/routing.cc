@@ -23,8 +23,8 @@ RankId PickReplica(std::span<const RankId> replicas, RankId self, int64_t row,
 }
 
 // Fills `row_routes` with the row's routes, sorted by (rank, expert).
-void PlanRow(const Placement& placement, int layer, RankId self, const GateChoice& choice, int64_t row,
-             std::vector<Destination>& row_routes) {
+void PlanRow(const Placement& placement, int layer, RankId self, const GateChoice& choice,
+             int64_t row, std::vector<Destination>& row_routes) {
   row_routes.clear();
   for (int j = 0; j < choice.top_k; ++j) {
     const ExpertId expert{choice.experts[row * choice.top_k + j]};

@@ -16,9 +16,10 @@ struct GateChoice {
   int top_k = 0;
 };
 
-// Picks one replica for every chosen expert and groups the rows by destination, one entry per (row, rank).
-// A replica on `self` wins, then one on a rank the row goes to anyway, then one by turns, so that replicas
-// share the load. A pure function of its arguments; `plan` keeps its capacity between calls.
+// Picks one replica for every chosen expert and groups the rows by destination, one entry per (row,
+// rank). A replica on `self` wins, then one on a rank the row goes to anyway, then one by turns, so
+// that replicas share the load. A pure function of its arguments; `plan` keeps its capacity between
+// calls.
 void PlanDispatch(const Placement& placement, int layer, RankId self, const GateChoice& choice,
                   comm::DispatchPlan& plan);
 

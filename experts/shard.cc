@@ -43,8 +43,8 @@ kernels::QuantizedRows GatherChunk(const kernels::Kernels& kernels, kernels::Exe
   return x;
 }
 
-// outputs[row] += weight * y over the chunk. Chunks come in ascending expert id, and so do the terms of a
-// row inside a chunk: the order of the sum does not depend on where chunks end.
+// outputs[row] += weight * y over the chunk. Chunks come in ascending expert id, and so do the
+// terms of a row inside a chunk: the order of the sum does not depend on where chunks end.
 void AddWeighted(const kernels::Kernels& kernels, kernels::Executor& executor,
                  const comm::ReceivedRows& received, std::span<const Work> chunk, int64_t hidden,
                  ShardWorkspace& ws, float* outputs) {

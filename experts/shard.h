@@ -13,8 +13,8 @@ namespace ternion::experts {
 
 using base::ExpertId;
 
-// Scratch of ExpertShard::Run, shared by all layers of a rank. Rows are worked on in chunks of at most
-// `max_routes` (row, expert) pairs, so memory is bounded however many rows arrive.
+// Scratch of ExpertShard::Run, shared by all layers of a rank. Rows are worked on in chunks of at
+// most `max_routes` (row, expert) pairs, so memory is bounded however many rows arrive.
 struct ShardWorkspace {
   ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate);
 
@@ -25,14 +25,14 @@ struct ShardWorkspace {
   };
   int64_t max_routes = 0;
   FfnWorkspace ffn;
-  kernels::QuantizedBuffer gathered;      // [max_routes, hidden]
-  base::Array<float> y;                   // [max_routes, hidden]
-  std::vector<Work> work;                 // all pairs, by ascending expert, then row
-  std::vector<int32_t> expert_begin;      // counting sort of `work`
-  std::vector<const int8_t*> row_codes;   // the chunk's rows
+  kernels::QuantizedBuffer gathered;     // [max_routes, hidden]
+  base::Array<float> y;                  // [max_routes, hidden]
+  std::vector<Work> work;                // all pairs, by ascending expert, then row
+  std::vector<int32_t> expert_begin;     // counting sort of `work`
+  std::vector<const int8_t*> row_codes;  // the chunk's rows
   std::vector<float> row_scales;
   std::vector<FfnGroup> groups;
-  std::vector<int32_t> term_begin;        // per received row: its terms of this chunk
+  std::vector<int32_t> term_begin;  // per received row: its terms of this chunk
   std::vector<const float*> terms;
   std::vector<float> term_weights;
 };

@@ -17,7 +17,7 @@
 #include "base/status.h"
 #include "kernels/cpu/limits.h"
 #include "kernels/kernels.h"
-#include "kernels/select.h"
+#include "launcher/world.h"
 
 namespace ternion::launcher {
 namespace {
@@ -227,11 +227,7 @@ nlohmann::json ToJson(const Case& c, const Result& result) {
 }  // namespace
 
 absl::Status BenchKernels(const BenchKernelsOptions& options) {
-  const kernels::Kernels* table = kernels::SelectCpuKernels(options.isa);
-  if (table == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("this machine cannot run the instruction set '", options.isa, "'"));
-  }
+  TERNION_ASSIGN_OR_RETURN(const kernels::Kernels* const table, ChooseCpuKernels());
   const int all_cpus = static_cast<int>(base::AllowedCpus().size());
   Bench bench(*table, options.num_threads > 0 ? options.num_threads : std::max(all_cpus, 1));
   absl::PrintF("%s, %s, %d threads\n", CpuName(), table->name, bench.num_threads());

@@ -9,14 +9,13 @@ namespace ternion::launcher {
 
 struct BenchKernelsOptions {
   int num_threads = 0;    // 0: every CPU this process may run on
-  std::string isa;        // as in SelectCpuKernels
   std::string json_path;  // empty: the table only
 };
 
 // Prints a table; with `json_path`, writes the same as one JSON object. Weights come from memory,
 // not from a cache: they rotate through a buffer of up to 2 GiB. Every line carries its percentage
 // of the read bandwidth and of the peak of the dot product instruction, measured while that line
-// was. Takes about 20 seconds. InvalidArgument when this machine lacks `isa`, or the error of
+// was. Takes about 20 seconds. The error of ChooseCpuKernels, or of
 // writing the file.
 absl::Status BenchKernels(const BenchKernelsOptions& options);
 

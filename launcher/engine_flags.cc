@@ -9,7 +9,9 @@
 namespace ternion::launcher {
 
 void AddWorldFlags(CLI::App& command, WorldOptions& options) {
-  command.add_option("--threads", options.threads, "Threads per rank (default: its share of the cores)")
+  command
+      .add_option("--threads", options.threads,
+                  "Threads per rank (default: its share of the cores)")
       ->check(CLI::Range(1, 1024));
   command.add_option("--device", options.device, "Where kernels run")
       ->check(CLI::IsMember({"cpu", "cuda"}))
@@ -24,11 +26,13 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
       ->required();
   const CLI::IsMember formats({"fp32", "bf16", "int8", "int4"});
   command
-      .add_option("--wire-dispatch", flags.wire_dispatch,
-                  "Precision of rows going to experts; auto: the model's own activation width, lossless")
+      .add_option(
+          "--wire-dispatch", flags.wire_dispatch,
+          "Precision of rows going to experts; auto: the model's own activation width, lossless")
       ->check(CLI::IsMember({"auto", "fp32", "bf16", "int8", "int4"}))
       ->capture_default_str();
-  command.add_option("--wire-combine", flags.wire_combine, "Precision of expert outputs coming back")
+  command
+      .add_option("--wire-combine", flags.wire_combine, "Precision of expert outputs coming back")
       ->check(formats)
       ->capture_default_str();
   command
@@ -71,9 +75,10 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.kv_tokens = flags.kv_tokens;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;
-  TERNION_ASSIGN_OR_RETURN(
-      loaded.engine, runtime::Engine::Create(options, world.resources(),
-                                             [&](int64_t done, int64_t total) { bar.Update(done, total); }));
+  TERNION_ASSIGN_OR_RETURN(loaded.engine, runtime::Engine::Create(options, world.resources(),
+                                                                  [&](int64_t done, int64_t total) {
+                                                                    bar.Update(done, total);
+                                                                  }));
   loaded.load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return loaded;

@@ -37,7 +37,8 @@ struct LoadedEngine {
 // Collective. Shows a progress bar on rank 0.
 absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world);
 
-// The wire as flags say: dispatch "auto" is the model's own width. InvalidArgument for contradictions.
+// The wire as flags say: dispatch "auto" is the model's own width. InvalidArgument for
+// contradictions.
 absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags);
 
 }  // namespace ternion::launcher

@@ -24,7 +24,8 @@ absl::StatusOr<std::vector<int32_t>> ReadIds(const std::string& path) {
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(path));
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto is_id = [](const Json& value) {
-    return value.is_number_integer() && value.get<int64_t>() >= 0 && value.get<int64_t>() <= INT32_MAX;
+    return value.is_number_integer() && value.get<int64_t>() >= 0 &&
+           value.get<int64_t>() <= INT32_MAX;
   };
   if (!json.is_array() || json.empty() || !std::all_of(json.begin(), json.end(), is_id)) {
     return absl::InvalidArgumentError(path + " is not a JSON array of token ids");
@@ -49,7 +50,8 @@ absl::Status CheckOptions(const EvalOptions& options) {
 // Rank 0's side of `eval`.
 class Evaluation {
  public:
-  Evaluation(const EvalOptions& options, runtime::Engine& engine) : options_(options), engine_(engine) {}
+  Evaluation(const EvalOptions& options, runtime::Engine& engine)
+      : options_(options), engine_(engine) {}
 
   // Submits the work; everything that can be wrong with the input comes out here.
   absl::Status Prepare() { return options_.text.empty() ? PrepareIds() : PrepareText(); }
@@ -67,7 +69,7 @@ class Evaluation {
   int64_t total_rows_ = 0;  // positions to run
   int64_t scored_ = 0;      // tokens predicted
   int64_t bytes_ = 0;
-  double nll_ = 0;          // nats
+  double nll_ = 0;  // nats
 };
 
 // One sequence; it is the first, so rank 0 owns it and sees its logits.
@@ -88,8 +90,8 @@ absl::Status Evaluation::PrepareIds() {
   return absl::OkStatus();
 }
 
-// Windows that overlap by one token, so that every token but the first is predicted once; with a bos, the
-// first too.
+// Windows that overlap by one token, so that every token but the first is predicted once; with a
+// bos, the first too.
 absl::Status Evaluation::PrepareText() {
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(options_.text));
   TERNION_ASSIGN_OR_RETURN(const runtime::Tokenizer tokenizer,
@@ -99,7 +101,8 @@ absl::Status Evaluation::PrepareText() {
   if (config.bos_id >= 0) tokens.push_back(config.bos_id);
   const std::vector<int32_t> ids = tokenizer.Encode(text);
   tokens.insert(tokens.end(), ids.begin(), ids.end());
-  if (tokens.size() < 2) return absl::InvalidArgumentError(options_.text + " has nothing to predict");
+  if (tokens.size() < 2)
+    return absl::InvalidArgumentError(options_.text + " has nothing to predict");
   bytes_ = static_cast<int64_t>(text.size());
   scored_ = static_cast<int64_t>(tokens.size()) - 1;
   const int64_t window = std::min({config.max_positions, engine_.kv_tokens(), kMaxWindow});
@@ -133,8 +136,8 @@ absl::Status Evaluation::Finish() {
   const double bits_per_byte = nll_ / std::log(2.0) / static_cast<double>(bytes_);
   const double perplexity = std::exp(nll_ / static_cast<double>(scored_));
   std::printf("%s: %lld tokens, %lld bytes, %.4f bits per byte, perplexity %.3f\n",
-              options_.text.c_str(), static_cast<long long>(scored_), static_cast<long long>(bytes_),
-              bits_per_byte, perplexity);
+              options_.text.c_str(), static_cast<long long>(scored_),
+              static_cast<long long>(bytes_), bits_per_byte, perplexity);
   if (options_.json.empty()) return absl::OkStatus();
   return WriteJson(options_.json, {{"tokens", scored_},
                                    {"bytes", bytes_},

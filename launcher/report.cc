@@ -93,15 +93,16 @@ absl::Status CheckWritable(const std::string& path) {
 }
 
 absl::Status WriteJson(const std::string& path, const Json& json) {
-  return base::WriteFileAtomically(
-      path, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
+  return base::WriteFileAtomically(path,
+                                   json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 std::string HumanBytes(double bytes) {
   const char* const units[] = {"B", "kB", "MB", "GB", "TB"};
   int unit = 0;
   for (; bytes >= 1000 && unit < 4; ++unit) bytes /= 1000;
-  return unit == 0 ? absl::StrFormat("%.0f B", bytes) : absl::StrFormat("%.1f %s", bytes, units[unit]);
+  return unit == 0 ? absl::StrFormat("%.0f B", bytes)
+                   : absl::StrFormat("%.1f %s", bytes, units[unit]);
 }
 
 }  // namespace ternion::launcher

@@ -16,9 +16,9 @@ using Json = nlohmann::ordered_json;
 
 // What ranks tell rank 0 at the end of a command.
 struct WorldReport {
-  Json per_rank = Json::array();     // one object per rank
-  Json traffic = Json::object();     // dispatch, combine: bytes over all ranks, without self traffic
-  int64_t wire_message_bytes = 0;    // dispatch and combine, all ranks
+  Json per_rank = Json::array();   // one object per rank
+  Json traffic = Json::object();   // dispatch, combine: bytes over all ranks, without self traffic
+  int64_t wire_message_bytes = 0;  // dispatch and combine, all ranks
 };
 
 // Collective; the report is filled on rank 0.
@@ -27,7 +27,8 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
 // {"dispatch", "combine", "exact"} as the engine runs them.
 Json WireJson(const runtime::WireOptions& wire);
 
-// Whether `path` can be written, to be asked before the work whose result goes there. An empty path can.
+// Whether `path` can be written, to be asked before the work whose result goes there. An empty path
+// can.
 absl::Status CheckWritable(const std::string& path);
 
 // Writes `json` to `path`, whole or not at all. Text that is not UTF-8 is replaced by U+FFFD.

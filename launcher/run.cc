@@ -173,11 +173,12 @@ uint64_t Session::LogitsHash() const {
 Json Session::ToJson(const WorldReport& report, int ranks) const {
   Json prompts = Json::array();
   for (const Generation& generation : generations_) {
-    prompts.push_back({{"prompt", generation.prompt},
-                       {"text", generation.text},
-                       {"token_ids", generation.token_ids},
-                       {"finish_reason", generation.finish == FinishReason::kStop ? "stop" : "length"},
-                       {"logits_hash", absl::StrFormat("%016x", generation.logits_hash)}});
+    prompts.push_back(
+        {{"prompt", generation.prompt},
+         {"text", generation.text},
+         {"token_ids", generation.token_ids},
+         {"finish_reason", generation.finish == FinishReason::kStop ? "stop" : "length"},
+         {"logits_hash", absl::StrFormat("%016x", generation.logits_hash)}});
   }
   return {{"ranks", ranks},
           {"prompts", std::move(prompts)},
@@ -196,8 +197,7 @@ absl::Status Session::Finish(const WorldReport& report, int ranks) const {
     tokens += static_cast<int64_t>(generation.token_ids.size());
   }
   const runtime::WireOptions& wire = loaded_.engine->wire();
-  const std::string combine =
-      wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));
+  const std::string combine = wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));
   std::fprintf(stderr,
                "%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
                "(dispatch %s, combine %s), loaded in %.2f s\n",

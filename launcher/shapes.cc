@@ -53,8 +53,7 @@ struct Shape {
 
 const Shape kShapes[] = {
     {"bitnet-2b", BitNet2b},
-    {"mixtral-8x7b",
-     [] { return Moe(Common(32000, 4096, 32, 32, 8), "bitnet_moe", 8, 2, 14336); }},
+    {"mixtral-8x7b", [] { return Moe(Common(32000, 4096, 32, 32, 8), "bitnet_moe", 8, 2, 14336); }},
     {"qwen3-30b-a3b",
      [] { return Moe(Common(151936, 2048, 48, 32, 4), "qwen3_moe", 128, 8, 768); }},
     {"deepseek-v3", DeepSeekV3},

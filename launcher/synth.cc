@@ -107,7 +107,8 @@ void AddFfns(const ModelConfig& config, const std::string& name, TensorList& ten
   }
   if (config.shared_intermediate == 0) return;
   tensors.Ffn(name + ".shared_expert", hidden, config.shared_intermediate);
-  if (config.sub_norms) tensors.Norm(name + ".shared_expert.ffn_sub_norm", config.shared_intermediate);
+  if (config.sub_norms)
+    tensors.Norm(name + ".shared_expert.ffn_sub_norm", config.shared_intermediate);
 }
 
 std::vector<Tensor> ListTensors(const ModelConfig& config) {
@@ -220,22 +221,23 @@ absl::Status WriteWeights(const std::string& directory, const ModelConfig& confi
   Random random(seed);
   Json weight_map = Json::object();
   for (size_t i = 0; i < shards.size(); ++i) {
-    const std::string name = shards.size() == 1
-                                 ? "model.safetensors"
-                                 : absl::StrFormat("model-%05d-of-%05d.safetensors", i + 1, shards.size());
+    const std::string name = shards.size() == 1 ? "model.safetensors"
+                                                : absl::StrFormat("model-%05d-of-%05d.safetensors",
+                                                                  i + 1, shards.size());
     for (const Tensor& tensor : shards[i]) weight_map[tensor.entry.name] = name;
-    TERNION_RETURN_IF_ERROR(WriteShard(directory + "/" + name, shards[i], random, [&](uint64_t bytes) {
-      done += bytes;
-      bar.Update(static_cast<int64_t>(done), static_cast<int64_t>(total));
-    }));
+    TERNION_RETURN_IF_ERROR(
+        WriteShard(directory + "/" + name, shards[i], random, [&](uint64_t bytes) {
+          done += bytes;
+          bar.Update(static_cast<int64_t>(done), static_cast<int64_t>(total));
+        }));
   }
   if (shards.size() == 1) return absl::OkStatus();
   return WriteJson(directory + "/model.safetensors.index.json",
                    {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}});
 }
 
-// A tokenizer whose tokens are the 256 bytes: random weights need no better one. The stand-in characters of
-// byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 and on.
+// A tokenizer whose tokens are the 256 bytes: random weights need no better one. The stand-in
+// characters of byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 and on.
 Json ByteTokenizer() {
   Json vocab = Json::object();
   int next_stand_in = 0x100;
@@ -304,12 +306,14 @@ absl::Status Synth(const SynthOptions& options) {
   const std::string partial = options.out + ".partial";
   std::filesystem::remove_all(partial, error);
   if (!std::filesystem::create_directories(partial, error)) {
-    return absl::InvalidArgumentError(absl::StrCat("cannot create ", partial, ": ", error.message()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot create ", partial, ": ", error.message()));
   }
   absl::Status status = WriteModel(partial, json, config, options.seed);
   if (status.ok()) {
     std::filesystem::rename(partial, options.out, error);
-    if (error) status = absl::InvalidArgumentError(absl::StrCat(options.out, ": ", error.message()));
+    if (error)
+      status = absl::InvalidArgumentError(absl::StrCat(options.out, ": ", error.message()));
   }
   if (!status.ok()) std::filesystem::remove_all(partial, error);
   TERNION_RETURN_IF_ERROR(status);

@@ -15,18 +15,10 @@ namespace ternion::launcher {
 namespace {
 
 absl::StatusOr<const kernels::Kernels*> ChooseKernels(const std::string& device) {
-  if (device == "cuda") {
-    std::string why;
-    const kernels::Kernels* table = kernels::SelectCudaKernels(&why);
-    if (table == nullptr) return absl::FailedPreconditionError("--device cuda: " + why);
-    return table;
-  }
-  const char* isa = std::getenv("TERNION_ISA");
-  const kernels::Kernels* table = kernels::SelectCpuKernels(isa == nullptr ? "" : isa);
-  if (table == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat("TERNION_ISA=", isa, ": this machine has ",
-                                                   absl::StrJoin(kernels::AvailableIsas(), ", ")));
-  }
+  if (device != "cuda") return ChooseCpuKernels();
+  std::string why;
+  const kernels::Kernels* table = kernels::SelectCudaKernels(&why);
+  if (table == nullptr) return absl::FailedPreconditionError("--device cuda: " + why);
   return table;
 }
 
@@ -35,14 +27,16 @@ absl::StatusOr<std::unique_ptr<comm::Transport>> MakeTransport() {
   return std::move(comm::MakeLoopbackWorld(1)[0]);
 }
 
-// The CPUs this rank should use. mpirun may have bound each rank to cores of its own; if the ranks of a node
-// may all use the same ones, they are dealt out in turn, so that oversubscribed ranks do not pile up.
+// The CPUs this rank should use. mpirun may have bound each rank to cores of its own; if the ranks
+// of a node may all use the same ones, they are dealt out in turn, so that oversubscribed ranks do
+// not pile up.
 absl::StatusOr<std::vector<int>> ShareOfCpus(comm::Transport& transport) {
   const std::vector<int> mine = base::AllowedCpus();
   const std::string key = absl::StrJoin(mine, ",");
   const std::string line = absl::StrCat(transport.NodeOf(transport.rank()), ":", key);
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> lines, comm::Gather(transport, line));
-  TERNION_ASSIGN_OR_RETURN(const std::string all, comm::Broadcast(transport, absl::StrJoin(lines, ";")));
+  TERNION_ASSIGN_OR_RETURN(const std::string all,
+                           comm::Broadcast(transport, absl::StrJoin(lines, ";")));
   std::vector<int> alike;  // ranks with the same node and CPUs
   const std::vector<std::string> keys = absl::StrSplit(all, ';');
   for (size_t rank = 0; rank < keys.size(); ++rank) {
@@ -65,6 +59,16 @@ int RankFromEnvironment() {
     if (const char* value = std::getenv(name)) return std::atoi(value);
   }
   return 0;
+}
+
+absl::StatusOr<const kernels::Kernels*> ChooseCpuKernels() {
+  const char* isa = std::getenv("TERNION_ISA");
+  const kernels::Kernels* table = kernels::SelectCpuKernels(isa == nullptr ? "" : isa);
+  if (table == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat("TERNION_ISA=", isa, ": this machine has ",
+                                                   absl::StrJoin(kernels::AvailableIsas(), ", ")));
+  }
+  return table;
 }
 
 absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options) {

@@ -14,18 +14,24 @@
 namespace ternion::launcher {
 
 struct WorldOptions {
-  int threads = 0;               // 0: this rank's share of the cores it may use
-  std::string device = "cpu";    // cpu | cuda
-  std::string transport = "mpi"; // mpi | nccl
+  int threads = 0;                // 0: this rank's share of the cores it may use
+  std::string device = "cpu";     // cpu | cuda
+  std::string transport = "mpi";  // mpi | nccl
 };
 
-// Rank of this process as the MPI launcher's environment tells it, 0 without one. Usable before MPI is set up.
+// Rank of this process as the MPI launcher's environment tells it, 0 without one. Usable before MPI
+// is set up.
 int RankFromEnvironment();
+
+// The CPU kernels that TERNION_ISA names, else the fastest this machine can run. InvalidArgument
+// lists what it can when the name is not among them.
+absl::StatusOr<const kernels::Kernels*> ChooseCpuKernels();
 
 // Everything a command needs to run on this rank. Not movable: the parts point at each other.
 class World {
  public:
-  // MPI when a launcher started this process, else one rank alone. Collective. Errors are agreed on.
+  // MPI when a launcher started this process, else one rank alone. Collective. Errors are agreed
+  // on.
   static absl::StatusOr<std::unique_ptr<World>> Create(const WorldOptions& options);
   // A world on a given transport, for ranks that are threads.
   static absl::StatusOr<std::unique_ptr<World>> CreateOn(comm::Transport* transport,

@@ -29,8 +29,8 @@ inline constexpr int32_t kNoTarget = -1;
 struct Chunk {
   SequenceId sequence{};
   RankId owner{};
-  int32_t position = 0;          // of tokens[0]
-  bool sample = false;           // sample after the last token
+  int32_t position = 0;  // of tokens[0]
+  bool sample = false;   // sample after the last token
   std::vector<int32_t> tokens;
   // To score: the token that follows each of tokens, or kNoTarget. Else empty.
   std::vector<int32_t> targets;
@@ -38,14 +38,15 @@ struct Chunk {
 
 struct StepPlan {
   uint32_t step = 0;
-  bool stop = false;  // the ranks leave their loop; nothing else is set
+  bool stop = false;              // the ranks leave their loop; nothing else is set
   std::vector<SequenceId> ended;  // finished since the last step: free their pages
   std::vector<SequenceStart> starts;
   std::vector<Chunk> chunks;
 
   std::string Serialize() const;
   // Checks ids, counts and ranges against the model's vocabulary and the number of ranks.
-  static absl::StatusOr<StepPlan> Parse(const std::string& bytes, int64_t vocab_size, int num_ranks);
+  static absl::StatusOr<StepPlan> Parse(const std::string& bytes, int64_t vocab_size,
+                                        int num_ranks);
 };
 
 // What one chunk gave.

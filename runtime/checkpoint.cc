@@ -53,13 +53,15 @@ void ReadFloats(const TensorView& tensor, int64_t begin, int64_t count, float* o
 absl::Status CheckTensor(const std::string& name, const TensorView& tensor,
                          const std::vector<int64_t>& shape, bool float_type) {
   if (tensor.shape != shape) {
-    return absl::InvalidArgumentError(absl::StrCat(name, " has shape [", absl::StrJoin(tensor.shape, ", "),
-                                                   "], expected [", absl::StrJoin(shape, ", "), "]"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " has shape [", absl::StrJoin(tensor.shape, ", "), "], expected [",
+                     absl::StrJoin(shape, ", "), "]"));
   }
   if (float_type ? !IsFloat(tensor.dtype) : tensor.dtype != DType::kU8) {
     const std::string dtype(DTypeName(tensor.dtype));
-    return absl::InvalidArgumentError(absl::StrCat(
-        name, " is ", dtype, ", expected ", float_type ? "BF16, F16 or F32" : "U8 (packed ternary)"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " is ", dtype, ", expected ",
+                     float_type ? "BF16, F16 or F32" : "U8 (packed ternary)"));
   }
   return absl::OkStatus();
 }
@@ -122,12 +124,14 @@ absl::StatusOr<float> Checkpoint::LoadScale(const std::string& name) const {
   }
   const float g = config_.quantization.scale_divides ? 1.0f / scale : scale;
   if (!std::isfinite(g)) {
-    return absl::InvalidArgumentError(absl::StrCat(name, " is ", scale, ", too small to divide by"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " is ", scale, ", too small to divide by"));
   }
   return g;
 }
 
-absl::Status Checkpoint::CheckTernary(const std::string& name, int64_t rows, int64_t columns) const {
+absl::Status Checkpoint::CheckTernary(const std::string& name, int64_t rows,
+                                      int64_t columns) const {
   const std::string weight = name + ".weight";
   TERNION_ASSIGN_OR_RETURN(const TensorView tensor, tensors_.Get(weight));
   const bool online = config_.quantization.online;
@@ -165,9 +169,10 @@ absl::StatusOr<OwnedDenseMatrix> Checkpoint::LoadDense(const std::string& name, 
     matrix.memory = base::Buffer(tensor.data.size());
     std::memcpy(matrix.memory.data(), tensor.data.data(), tensor.data.size());
   }
-  matrix.view = {matrix.memory.data(),
-                 tensor.dtype == DType::kBf16 ? kernels::DenseType::kBf16 : kernels::DenseType::kFp32,
-                 rows, columns};
+  matrix.view = {
+      matrix.memory.data(),
+      tensor.dtype == DType::kBf16 ? kernels::DenseType::kBf16 : kernels::DenseType::kFp32, rows,
+      columns};
   return matrix;
 }
 

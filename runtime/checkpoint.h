@@ -12,14 +12,15 @@
 
 namespace ternion::runtime {
 
-// A dense matrix in memory of our own: mapped files lie on small pages, which slow a streaming kernel down.
+// A dense matrix in memory of our own: mapped files lie on small pages, which slow a streaming
+// kernel down.
 struct OwnedDenseMatrix {
   base::Buffer memory;
   kernels::DenseMatrix view;
 };
 
-// Reads tensors by name, checking shape, type and values; every error names the tensor. Immutable and
-// thread-safe: matrices are loaded by many threads at once.
+// Reads tensors by name, checking shape, type and values; every error names the tensor. Immutable
+// and thread-safe: matrices are loaded by many threads at once.
 class Checkpoint {
  public:
   static absl::StatusOr<Checkpoint> Open(const std::string& directory);
@@ -27,8 +28,9 @@ class Checkpoint {
   const ModelConfig& config() const { return config_; }
   const TensorStore& tensors() const { return tensors_; }
 
-  // `name`.weight as a packed ternary matrix [rows, columns]: repacked from HF codes, or ternarized from
-  // float master weights (NUMERICS.md, Weights). weight_scale is read by its meaning in this checkpoint.
+  // `name`.weight as a packed ternary matrix [rows, columns]: repacked from HF codes, or ternarized
+  // from float master weights (NUMERICS.md, Weights). weight_scale is read by its meaning in this
+  // checkpoint.
   absl::StatusOr<kernels::OwnedTernaryMatrix> LoadTernary(const std::string& name, int64_t rows,
                                                           int64_t columns) const;
   // The checks of LoadTernary that need no weight bytes: presence, type, shape.

@@ -55,7 +55,8 @@ class Reader {
     const Json& value = json_[key];
     const double number = value.is_number() ? value.get<double>() : NAN;
     if (!(number > 0 && number <= high)) {
-      return Fail(key, absl::StrCat("is ", value.dump(), "; it must be above 0 and at most ", high)),
+      return Fail(key,
+                  absl::StrCat("is ", value.dump(), "; it must be above 0 and at most ", high)),
              fallback;
     }
     return static_cast<float>(number);
@@ -122,7 +123,8 @@ QuantizationConfig ReadQuantization(Reader& reader) {
                                             "meaning of weight_scale depends on it"));
   }
   if (mode != "online" && mode != "offline") {
-    inner.Fail("quantization_mode", absl::StrCat("is \"", mode, "\"; it must be online or offline"));
+    inner.Fail("quantization_mode",
+               absl::StrCat("is \"", mode, "\"; it must be online or offline"));
   }
   // Its norm differs between the experts of a layer, so one row could not serve them all.
   inner.Refuse("use_rms_norm");
@@ -153,8 +155,8 @@ void ReadExperts(Reader& reader, ModelConfig& config) {
       reader.IntOr("shared_expert_intermediate_size", 0, kernels::kMaxColumns, 0);
   config.renormalize = reader.Bool("norm_topk_prob", false);
   if (config.top_k > config.num_experts) {
-    reader.Fail("num_experts_per_tok", absl::StrCat("is ", config.top_k, ", more than num_experts ",
-                                                    config.num_experts));
+    reader.Fail("num_experts_per_tok",
+                absl::StrCat("is ", config.top_k, ", more than num_experts ", config.num_experts));
   }
   if (reader.IntOr("decoder_sparse_step", 1, 65535, 1) != 1) {
     reader.Note(absl::UnimplementedError("config.json: decoder_sparse_step other than 1"));
@@ -164,11 +166,11 @@ void ReadExperts(Reader& reader, ModelConfig& config) {
 
 void ReadAttention(Reader& reader, ModelConfig& config) {
   config.heads = static_cast<int>(reader.Int("num_attention_heads", 1, 4096));
-  config.kv_heads =
-      static_cast<int>(reader.IntOr("num_key_value_heads", 1, 4096, config.heads));
+  config.kv_heads = static_cast<int>(reader.IntOr("num_key_value_heads", 1, 4096, config.heads));
   if (config.heads % config.kv_heads != 0) {
-    reader.Fail("num_key_value_heads", absl::StrCat("is ", config.kv_heads, ", which does not divide ",
-                                                    config.heads, " attention heads"));
+    reader.Fail("num_key_value_heads",
+                absl::StrCat("is ", config.kv_heads, ", which does not divide ", config.heads,
+                             " attention heads"));
   }
   if (!reader.Has("head_dim") && config.hidden % config.heads != 0) {
     reader.Fail("num_attention_heads", "does not divide hidden_size and there is no head_dim");

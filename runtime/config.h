@@ -13,8 +13,9 @@ namespace ternion::runtime {
 
 // How ternary weights lie on disk (FORMATS.md, Packed ternary).
 struct QuantizationConfig {
-  bool online = false;         // float master weights, ternarized at load; else packed codes
-  bool scale_divides = false;  // weight_scale is 1/g (linear_class bitlinear), else g (autobitlinear)
+  bool online = false;  // float master weights, ternarized at load; else packed codes
+  bool scale_divides =
+      false;  // weight_scale is 1/g (linear_class bitlinear), else g (autobitlinear)
 };
 
 // Families: bitnet (dense), bitnet_moe, qwen3_moe with the bitnet quantizer.
@@ -34,16 +35,16 @@ struct ModelConfig {
   bool sub_norms = false;  // attn_sub_norm and ffn_sub_norm (bitnet, bitnet_moe)
   bool qk_norms = false;   // q_norm and k_norm per head (qwen3_moe)
 
-  int64_t dense_intermediate = 0;   // of a dense MLP; 0 in a MoE model
-  int num_experts = 0;              // 0: dense
+  int64_t dense_intermediate = 0;  // of a dense MLP; 0 in a MoE model
+  int num_experts = 0;             // 0: dense
   int top_k = 0;
   int64_t expert_intermediate = 0;
   int64_t shared_intermediate = 0;  // of the shared expert; 0: none
   bool renormalize = false;         // norm_topk_prob
 
   QuantizationConfig quantization;
-  int32_t bos_id = -1;              // put before every text; -1: the family's texts start without
-  std::vector<int32_t> eos_ids;     // generation ends on any of them
+  int32_t bos_id = -1;           // put before every text; -1: the family's texts start without
+  std::vector<int32_t> eos_ids;  // generation ends on any of them
 
   bool moe() const { return num_experts > 0; }
   int64_t q_dim() const { return int64_t{heads} * head_dim; }
@@ -52,9 +53,9 @@ struct ModelConfig {
   int64_t max_intermediate() const;
 };
 
-// Checks every number's range and that they fit together; refuses what the runtime does not do (another
-// model_type, rope scaling, biases, activation bits other than 8). InvalidArgument or Unimplemented, naming
-// the key.
+// Checks every number's range and that they fit together; refuses what the runtime does not do
+// (another model_type, rope scaling, biases, activation bits other than 8). InvalidArgument or
+// Unimplemented, naming the key.
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text);
 
 // DIR/config.json, with eos ids from DIR/generation_config.json when that exists.

@@ -1,8 +1,8 @@
 // One rank's engine: everything from requests down to kernels.
 //
-// On rank 0 the router's library drives it: Submit requests, Step until idle, Stop. The other ranks Follow.
-// All ranks walk through the same steps: rank 0 plans, sends the plan down, every rank runs its sequences'
-// rows (and its experts on everybody's rows), and results come up.
+// On rank 0 the router's library drives it: Submit requests, Step until idle, Stop. The other ranks
+// Follow. All ranks walk through the same steps: rank 0 plans, sends the plan down, every rank runs
+// its sequences' rows (and its experts on everybody's rows), and results come up.
 #pragma once
 
 #include <cstdint>
@@ -25,18 +25,18 @@ namespace ternion::runtime {
 
 struct EngineOptions {
   std::string model_directory;
-  std::string placement;     // "contiguous", or the path of a placement file
+  std::string placement;  // "contiguous", or the path of a placement file
   WireOptions wire;
-  int64_t max_rows = 512;    // of one rank in one step
-  int64_t kv_tokens = 0;     // capacity of one rank's KV cache; 0: a quarter of the free memory's share,
-                             // at most kMaxDefaultKvTokens
+  int64_t max_rows = 512;  // of one rank in one step
+  int64_t kv_tokens = 0;   // capacity of one rank's KV cache; 0: a quarter of the free memory's
+                          // share, at most kMaxDefaultKvTokens
 };
 inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;
 
 // What one step did.
 struct StepReport {
   std::vector<SequenceEvent> events;
-  int64_t prompt_tokens = 0;     // prompt tokens processed
+  int64_t prompt_tokens = 0;  // prompt tokens processed
   int64_t generated_tokens = 0;
 };
 
@@ -82,9 +82,9 @@ class Engine {
   // A row of the batch whose logits are needed.
   struct LogitRow {
     const Chunk* chunk = nullptr;
-    int32_t index = 0;      // into the chunk's tokens
+    int32_t index = 0;  // into the chunk's tokens
     int32_t batch_row = 0;
-    int32_t result = 0;     // into this step's results
+    int32_t result = 0;  // into this step's results
   };
 
   Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options,

@@ -21,7 +21,8 @@ struct KvShape {
 
 class KvCache;
 
-// The pages of one sequence, returned to the cache on destruction. Page p of layer l is table(l)[p].
+// The pages of one sequence, returned to the cache on destruction. Page p of layer l is
+// table(l)[p].
 class KvPages {
  public:
   KvPages() = default;
@@ -30,7 +31,9 @@ class KvPages {
   KvPages& operator=(KvPages&& other) noexcept;
 
   const kernels::KvPage* table(int layer) const { return table_.data() + layer * ids_.size(); }
-  int64_t capacity_tokens() const { return static_cast<int64_t>(ids_.size()) * kernels::kPageTokens; }
+  int64_t capacity_tokens() const {
+    return static_cast<int64_t>(ids_.size()) * kernels::kPageTokens;
+  }
 
  private:
   friend class KvCache;
@@ -40,8 +43,8 @@ class KvPages {
   std::vector<kernels::KvPage> table_;  // [layers, pages]
 };
 
-// A pool of pages; one page id stands for the same 128 tokens in every layer. Memory is taken from the
-// system when a page is first written. Outlives its KvPages. One thread.
+// A pool of pages; one page id stands for the same 128 tokens in every layer. Memory is taken from
+// the system when a page is first written. Outlives its KvPages. One thread.
 class KvCache {
  public:
   KvCache(const KvShape& shape, int64_t capacity_tokens);

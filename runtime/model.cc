@@ -17,8 +17,8 @@ const float* OrNull(const base::Array<float>& vector) {
 }
 
 // cos and sin of position * theta^(-2i / head_dim), the angle in fp32 as HF computes it.
-void FillRotaryTables(const ModelConfig& config, int64_t max_positions, base::Array<float>& cos_table,
-                      base::Array<float>& sin_table) {
+void FillRotaryTables(const ModelConfig& config, int64_t max_positions,
+                      base::Array<float>& cos_table, base::Array<float>& sin_table) {
   const int half = config.head_dim / 2;
   cos_table = base::Array<float>(max_positions * half);
   sin_table = base::Array<float>(max_positions * half);

@@ -20,15 +20,16 @@ namespace ternion::runtime {
 // Rows of one rank in one step. A row is one token of one sequence.
 struct Batch {
   uint32_t step = 0;
-  std::vector<int32_t> tokens;         // [rows]
-  std::vector<int32_t> positions;      // [rows] in the row's sequence
-  std::vector<const KvPages*> pages;   // [rows] of the row's sequence; not null
+  std::vector<int32_t> tokens;        // [rows]
+  std::vector<int32_t> positions;     // [rows] in the row's sequence
+  std::vector<const KvPages*> pages;  // [rows] of the row's sequence; not null
 
   int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }
   void Clear();
 };
 
-// Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at the owner.
+// Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at
+// the owner.
 struct WireOptions {
   comm::RowFormat dispatch = comm::RowFormat::kInt8;
   comm::RowFormat combine = comm::RowFormat::kBf16;
@@ -59,7 +60,7 @@ struct AttentionWeights {
 };
 
 struct LayerWeights {
-  base::Array<float> input_norm;           // [hidden]
+  base::Array<float> input_norm;  // [hidden]
   AttentionWeights attention;
   base::Array<float> post_attention_norm;  // [hidden]
   experts::FfnWeights local_ffn;           // the dense MLP or the shared expert, if there is one
@@ -72,13 +73,11 @@ struct LayerWeights {
 // One thread. Forward is collective in a MoE model: all ranks call it equally often.
 class Model {
  public:
-  // Reads this rank's share: everything but experts placed elsewhere. Every rank checks the names and shapes
-  // of all experts, so that a wrong checkpoint is the same error everywhere.
-  static absl::StatusOr<std::unique_ptr<Model>> Load(const Checkpoint& checkpoint,
-                                                     std::shared_ptr<const experts::Placement> placement,
-                                                     const RankResources& resources,
-                                                     const ModelOptions& options,
-                                                     const LoadProgress& progress);
+  // Reads this rank's share: everything but experts placed elsewhere. Every rank checks the names
+  // and shapes of all experts, so that a wrong checkpoint is the same error everywhere.
+  static absl::StatusOr<std::unique_ptr<Model>> Load(
+      const Checkpoint& checkpoint, std::shared_ptr<const experts::Placement> placement,
+      const RankResources& resources, const ModelOptions& options, const LoadProgress& progress);
 
   // Runs all layers over the batch and keeps the last hidden rows for Logits. May have no rows.
   absl::Status Forward(const Batch& batch);
@@ -87,7 +86,7 @@ class Model {
   static constexpr int64_t kMaxLogitRows = 32;
   void Logits(std::span<const int32_t> rows, float* logits);
 
-  int64_t weight_bytes() const { return weight_bytes_; }    // held by this rank
+  int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
   int64_t num_local_experts() const { return num_local_experts_; }  // over all layers
 
  private:
@@ -112,18 +111,18 @@ class Model {
   int64_t num_local_experts_ = 0;
 
   // Workspace, sized for options_.max_rows before the first step.
-  base::Array<float> cos_, sin_;          // [max_positions, head_dim / 2]
-  base::Array<float> hidden_;             // [rows, hidden] the residual stream
-  base::Array<float> normed_;             // [rows, hidden]
-  base::Array<float> q_, k_, v_;          // [rows, q_dim | kv_dim]
-  base::Array<float> attended_;           // [rows, q_dim]
-  base::Array<float> out_;                // [rows, hidden] of o_proj and of the local FFN
-  base::Array<float> logit_rows_;         // [kMaxLogitRows, hidden]
-  kernels::QuantizedBuffer codes_;        // [rows, hidden]
+  base::Array<float> cos_, sin_;             // [max_positions, head_dim / 2]
+  base::Array<float> hidden_;                // [rows, hidden] the residual stream
+  base::Array<float> normed_;                // [rows, hidden]
+  base::Array<float> q_, k_, v_;             // [rows, q_dim | kv_dim]
+  base::Array<float> attended_;              // [rows, q_dim]
+  base::Array<float> out_;                   // [rows, hidden] of o_proj and of the local FFN
+  base::Array<float> logit_rows_;            // [kMaxLogitRows, hidden]
+  kernels::QuantizedBuffer codes_;           // [rows, hidden]
   kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
   std::vector<const kernels::KvPage*> page_tables_;  // [rows], of the current layer
-  std::vector<const float*> sum_terms_;   // [rows] rows of out_
-  std::vector<int32_t> sum_begin_;        // [rows + 1] 0, 1, 2, ...
+  std::vector<const float*> sum_terms_;              // [rows] rows of out_
+  std::vector<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...
   experts::FfnWorkspace local_ffn_workspace_;
   std::unique_ptr<experts::MoeContext> moe_;
 };

@@ -37,13 +37,15 @@ class LoadJobs {
       return absl::OkStatus();
     });
   }
-  void Ffn(const std::string& name, int64_t hidden, int64_t intermediate, experts::FfnWeights* out) {
+  void Ffn(const std::string& name, int64_t hidden, int64_t intermediate,
+           experts::FfnWeights* out) {
     Ternary(name + ".gate_proj", intermediate, hidden, &out->gate);
     Ternary(name + ".up_proj", intermediate, hidden, &out->up);
     Ternary(name + ".down_proj", hidden, intermediate, &out->down);
   }
 
-  // Runs all jobs; the error of the first failing job in order, so that it does not depend on threads.
+  // Runs all jobs; the error of the first failing job in order, so that it does not depend on
+  // threads.
   absl::Status Run(base::ThreadPool& threads, const LoadProgress& progress) {
     std::atomic<size_t> next{0}, done{0};
     std::mutex mutex;
@@ -79,7 +81,8 @@ std::string ExpertName(int layer, int expert) {
   return absl::StrCat(LayerName(layer), ".mlp.experts.", expert);
 }
 
-// Every expert of every layer is there with the right shape, and there are no more than the config says.
+// Every expert of every layer is there with the right shape, and there are no more than the config
+// says.
 absl::Status CheckExperts(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -134,13 +137,15 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
   jobs.Vector("model.norm.weight", config_.hidden, &final_norm_);
 
   layers_ = std::vector<LayerWeights>(config_.num_layers);
-  // Experts of this rank, in the order of their jobs; they move into their shards when all are loaded.
+  // Experts of this rank, in the order of their jobs; they move into their shards when all are
+  // loaded.
   std::vector<std::vector<std::pair<ExpertId, experts::FfnWeights>>> local(config_.num_layers);
   for (int index = 0; index < config_.num_layers; ++index) {
     LayerWeights& layer = layers_[index];
     const std::string name = LayerName(index);
     jobs.Vector(name + ".input_layernorm.weight", config_.hidden, &layer.input_norm);
-    jobs.Vector(name + ".post_attention_layernorm.weight", config_.hidden, &layer.post_attention_norm);
+    jobs.Vector(name + ".post_attention_layernorm.weight", config_.hidden,
+                &layer.post_attention_norm);
     AddAttention(config_, name + ".self_attn", layer.attention, jobs);
     if (!config_.moe()) {
       AddLocalFfn(config_, name + ".mlp", config_.dense_intermediate, layer, jobs);
@@ -154,7 +159,8 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
     if (config_.sub_norms) {
       jobs.Vector(name + ".mlp.ffn_sub_norm.weight", inner, &layer.expert_sub_norm);
     }
-    const std::vector<ExpertId> experts = placement_->ExpertsOf(index, resources_.transport->rank());
+    const std::vector<ExpertId> experts =
+        placement_->ExpertsOf(index, resources_.transport->rank());
     local[index].resize(experts.size());
     num_local_experts_ += static_cast<int64_t>(experts.size());
     for (size_t i = 0; i < experts.size(); ++i) {

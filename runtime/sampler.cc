@@ -22,7 +22,8 @@ int32_t ArgMax(std::span<const float> logits) {
 
 // Uniform in [0, 1) from (seed, position).
 double Uniform(uint64_t seed, int64_t position) {
-  return static_cast<double>(base::RandomBits(seed, static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
+  return static_cast<double>(base::RandomBits(seed, static_cast<uint64_t>(position)) >> 11) *
+         0x1p-53;
 }
 
 struct Candidate {

@@ -13,9 +13,9 @@ struct SamplingParams {
   uint64_t seed = 0;
 };
 
-// The next token. Greedy takes the largest logit, the lower id on ties. Otherwise the draw depends on the
-// logits, the parameters and `position` alone, never on what else is in the batch. NaN logits count as
-// minus infinity.
+// The next token. Greedy takes the largest logit, the lower id on ties. Otherwise the draw depends
+// on the logits, the parameters and `position` alone, never on what else is in the batch. NaN
+// logits count as minus infinity.
 int32_t SampleToken(std::span<const float> logits, const SamplingParams& params, int64_t position);
 
 // -ln softmax(logits)[target], summed in double.

@@ -61,8 +61,7 @@ void Scheduler::StartWaiting(StepPlan& plan) {
     if (pages > *most_free || sequences_on_[rank] >= limits_.max_rows) return;
     free_pages_[rank] -= pages;
     ++sequences_on_[rank];
-    plan.starts.push_back(
-        {id, RankId{rank}, static_cast<int32_t>(max_tokens), request.sampling});
+    plan.starts.push_back({id, RankId{rank}, static_cast<int32_t>(max_tokens), request.sampling});
     Sequence& sequence = running_[id];
     sequence.tokens = request.prompt;
     sequence.request = std::move(request);
@@ -100,7 +99,8 @@ StepPlan Scheduler::Next() {
   std::vector<int64_t> rows(limits_.num_ranks, limits_.max_rows);
   const auto add = [&](bool decoding) {
     for (auto& [id, sequence] : running_) {
-      const bool decodes = sequence.computed >= static_cast<int64_t>(sequence.request.prompt.size());
+      const bool decodes =
+          sequence.computed >= static_cast<int64_t>(sequence.request.prompt.size());
       if (decodes != decoding) continue;
       int64_t& left = rows[base::Index(sequence.owner)];
       AddChunk(id, sequence, left, plan);
@@ -146,11 +146,11 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Commit(
     const FinishReason finish = Advance(sequence, result);
     const bool generated = sequence.tokens.size() > tokens_before;
     if (generated && (result.token < 0 || result.token >= limits_.vocab_size)) {
-      return absl::InternalError(absl::StrCat("a rank sampled token ", result.token,
-                                              ", which is not in the vocabulary"));
+      return absl::InternalError(
+          absl::StrCat("a rank sampled token ", result.token, ", which is not in the vocabulary"));
     }
-    events.push_back({result.sequence, generated ? result.token : -1, finish, result.logits_hash,
-                      result.nll});
+    events.push_back(
+        {result.sequence, generated ? result.token : -1, finish, result.logits_hash, result.nll});
     if (finish == FinishReason::kNone) continue;
     free_pages_[base::Index(sequence.owner)] += sequence.pages;
     --sequences_on_[base::Index(sequence.owner)];
