@@ -198,8 +198,9 @@ absl::Status Session::Finish(const WorldReport& report, int ranks) const {
   }
   const runtime::WireOptions& wire = loaded_.engine->wire();
   const std::string combine = wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));
+  // The empty line keeps it apart from the text, which mpirun may forward later.
   std::fprintf(stderr,
-               "%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
+               "\n%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
                "(dispatch %s, combine %s), loaded in %.2f s\n",
                ranks, ranks == 1 ? "" : "s", throughput_.prefill_rate(), throughput_.decode_rate(),
                HumanBytes(tokens > 0 ? double(report.wire_message_bytes) / tokens : 0).c_str(),

@@ -217,6 +217,13 @@ absl::Status WriteWeights(const std::string& directory, const ModelConfig& confi
   const std::vector<std::span<const Tensor>> shards = CutShards(tensors);
   uint64_t total = 0, done = 0;
   for (const Tensor& tensor : tensors) total += tensor.bytes();
+  std::error_code error;
+  const uint64_t free = std::filesystem::space(directory, error).available;
+  if (!error && free < total) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the weights take ", HumanBytes(static_cast<double>(total)), "; the disk of ",
+                     directory, " has ", HumanBytes(static_cast<double>(free))));
+  }
   ProgressBar bar("writing " + HumanBytes(static_cast<double>(total)), true);
   Random random(seed);
   Json weight_map = Json::object();
@@ -298,6 +305,7 @@ absl::Status WriteModel(const std::string& directory, const Json& json, const Mo
 absl::Status Synth(const SynthOptions& options) {
   TERNION_ASSIGN_OR_RETURN(const Json json, ReadConfig(options));
   TERNION_ASSIGN_OR_RETURN(const ModelConfig config, runtime::ParseModelConfig(json.dump()));
+  if (options.out.empty()) return absl::InvalidArgumentError("--out is empty");
   std::error_code error;
   if (std::filesystem::exists(options.out, error)) {
     return absl::AlreadyExistsError(absl::StrCat("--out ", options.out, " exists already"));

@@ -437,6 +437,19 @@ const Case kCases[] = {
     {"SynthNotJson", SynthFrom("hidden_size = 3"), {"synth.json"}},
     {"SynthUnknownModelType", SynthFrom(R"({"model_type": "gpt2"})"), {"gpt2"}},
     {"SynthNegative", SynthFrom(R"({"model_type": "bitnet", "vocab_size": -5})"), {"vocab_size"}},
+    // Small, so that a command that accepts it does no harm.
+    {"SynthWithoutOut",
+     [](auto& place) -> Strings {
+       return {"synth", "--config", place.file("config.json"), "--out", ""};
+     },
+     {"--out"}},
+    // Eleven terabytes.
+    {"SynthOfMoreThanTheDisk",
+     SynthFrom(R"({"model_type": "bitnet", "vocab_size": 1000, "hidden_size": 60000,
+                   "num_hidden_layers": 4000, "num_attention_heads": 10, "head_dim": 100,
+                   "hidden_act": "relu2", "intermediate_size": 60000, "rms_norm_eps": 1e-5,
+                   "max_position_embeddings": 128})"),
+     {"disk"}},
     {"SynthOutExists",
      [](auto& place) -> Strings {
        return {"synth", "--shape", "bitnet-2b", "--out", place.model()};
