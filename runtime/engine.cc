@@ -104,6 +104,9 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
     engine = absl::ResourceExhaustedError("out of memory while loading the model");
   }
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*resources.transport, engine.status()));
+  // Peers connect on their first message: better now than under the first request.
+  TERNION_RETURN_IF_ERROR((*engine)->model_->Forward(Batch{}));
+  resources.transport->traffic().Reset();
   return engine;
 }
 
