@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
-#include <regex>
 #include <string>
 #include <vector>
 
@@ -28,15 +28,16 @@ inline absl::StatusOr<NpyMatrix> ReadNpy(const std::string& path) {
   }
   const size_t data = 10 + byte(8) + 256 * byte(9);
   const std::string header = bytes.substr(10, data - 10);
-  const std::regex form(
-      "\\{'descr': '<f4', 'fortran_order': False, 'shape': \\((\\d+), (\\d+)\\).*\\s*");
-  std::smatch match;
-  if (!std::regex_match(header, match, form)) {
+  NpyMatrix matrix;
+  long long rows = 0, columns = 0;
+  const int found =
+      std::sscanf(header.c_str(), "{'descr': '<f4', 'fortran_order': False, 'shape': (%lld, %lld)",
+                  &rows, &columns);
+  if (found != 2 || rows < 0 || columns < 0) {
     return absl::InvalidArgumentError(path + " is no fp32 matrix: " + header);
   }
-  NpyMatrix matrix;
-  matrix.rows = std::stoll(match[1]);
-  matrix.columns = std::stoll(match[2]);
+  matrix.rows = rows;
+  matrix.columns = columns;
   matrix.values.resize(matrix.rows * matrix.columns);
   if (bytes.size() - data != matrix.values.size() * sizeof(float)) {
     return absl::InvalidArgumentError(path + " has another size than its header says");
