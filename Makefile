@@ -45,6 +45,7 @@ sanitize: deps
 	done
 
 oracle: build
+	@scripts/install_deps.sh python3-venv
 	@tests/oracle/run.sh build/release
 
 clean:

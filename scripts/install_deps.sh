@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what building and testing needs from Debian's packages; does nothing when all is there.
+# Installs what building and testing needs from Debian's packages, and those given as arguments; does
+# nothing when all is there.
 set -euo pipefail
 
 packages=(
@@ -8,6 +9,7 @@ packages=(
   libabsl-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
   libpcre2-dev libutf8proc-dev libisal-dev libxxhash-dev
   libgtest-dev
+  "$@"
 )
 
 missing=()
