@@ -5,8 +5,8 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-PROMPT ?= The word means
-DEMO := mpirun -n 4 build/release/ternion run --model models/tiny --prompt "$(PROMPT)" --max-tokens 64
+PROMPT ?= To install the package
+DEMO := mpirun -n 4 build/release/ternion run --model models/tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6
 
 # CMake's own words are shown only when it fails.
 configure = mkdir -p build && cmake --preset release $(1) >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
