@@ -85,7 +85,7 @@ class Bench {
 
  private:
   void FillWithCodes();
-  void RaiseLimits(Limits& limits);
+  Limits MeasureLimits();
   std::vector<int64_t> RowsPerExpert(const Case& c);
   std::vector<TernaryGroup> NextGroups(const Case& c, float* y);
 
@@ -111,14 +111,12 @@ void Bench::FillWithCodes() {
   });
 }
 
-// One more measurement of each limit, a few milliseconds long; the best counts.
-void Bench::RaiseLimits(Limits& limits) {
+// One measurement of each limit, a few milliseconds long.
+Limits Bench::MeasureLimits() {
   const size_t bytes = std::min<size_t>(kReadSliceBytes, weights_.size());
   const size_t slice = next_slice_++ % (weights_.size() / bytes);
-  const double read = kernels::ReadBandwidth({weights_.data() + slice * bytes, bytes}, threads_);
-  limits.bytes_per_second = std::max(limits.bytes_per_second, read);
-  const double dot = kernels::DotPeak(table_.name, threads_);
-  limits.macs_per_second = std::max(limits.macs_per_second, dot);
+  return {kernels::ReadBandwidth({weights_.data() + slice * bytes, bytes}, threads_),
+          kernels::DotPeak(table_.name, threads_)};
 }
 
 // Every token goes to top_k different experts, all equally likely.
@@ -151,7 +149,8 @@ std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
 }
 
 // Medians over repetitions, each with weights that are in no cache and routing of its own. Limits
-// are measured in between, since clock rates and neighbours change from second to second.
+// are measured in between, and are medians too: clock rates and neighbours change from second to
+// second, and must weigh on both sides alike.
 Result Bench::Run(const Case& c) {
   order_.resize(static_cast<int64_t>(weights_.size()) / kernels::TernaryBytes(c.outputs, c.inputs));
   std::iota(order_.begin(), order_.end(), 0);
@@ -164,10 +163,14 @@ Result Bench::Run(const Case& c) {
 
   Executor executor{.threads = &threads_};
   Result result;
-  std::vector<double> seconds, bytes;
+  std::vector<double> seconds, bytes, read_limits, dot_limits;
   double total = 0;
   while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
-    if (seconds.size() < kMaxLimitSamples) RaiseLimits(result.limits);
+    if (seconds.size() < kMaxLimitSamples) {
+      const Limits limits = MeasureLimits();
+      read_limits.push_back(limits.bytes_per_second);
+      dot_limits.push_back(limits.macs_per_second);
+    }
     const std::vector<TernaryGroup> groups = NextGroups(c, y.data());
     threads_.Run([](int) {});  // awake, as they are between two ops of one step
     const auto start = std::chrono::steady_clock::now();
@@ -185,6 +188,7 @@ Result Bench::Run(const Case& c) {
   };
   result.macs_per_second = static_cast<double>(c.rows() * c.outputs * c.inputs) / median(seconds);
   result.bytes_per_second = median(bytes);
+  result.limits = {median(read_limits), median(dot_limits)};
   return result;
 }
 
