@@ -52,8 +52,10 @@ struct Limits {
 
 struct Result {
   double macs_per_second = 0;
-  double bytes_per_second = 0;  // of weights
-  Limits limits;                // while this case ran
+  double bytes_per_second = 0;   // of weights
+  Limits limits;                 // while this case ran
+  double of_read_bandwidth = 0;  // fractions of the limits
+  double of_dot_peak = 0;
 };
 
 std::string CpuName() {
@@ -148,9 +150,9 @@ std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
   return groups;
 }
 
-// Medians over repetitions, each with weights that are in no cache and routing of its own. Limits
-// are measured in between, and are medians too: clock rates and neighbours change from second to
-// second, and must weigh on both sides alike.
+// Medians over repetitions, each with weights that are in no cache and routing of its own. Clock
+// rates and neighbours change from second to second: limits are measured between repetitions, and a
+// fraction is the median of each repetition over the limit measured just before it.
 Result Bench::Run(const Case& c) {
   order_.resize(static_cast<int64_t>(weights_.size()) / kernels::TernaryBytes(c.outputs, c.inputs));
   std::iota(order_.begin(), order_.end(), 0);
@@ -163,14 +165,12 @@ Result Bench::Run(const Case& c) {
 
   Executor executor{.threads = &threads_};
   Result result;
-  std::vector<double> seconds, bytes, read_limits, dot_limits;
+  std::vector<double> seconds, bytes, read_limits, dot_limits, of_read, of_dot;
+  const double macs = static_cast<double>(c.rows() * c.outputs * c.inputs);
   double total = 0;
   while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
-    if (seconds.size() < kMaxLimitSamples) {
-      const Limits limits = MeasureLimits();
-      read_limits.push_back(limits.bytes_per_second);
-      dot_limits.push_back(limits.macs_per_second);
-    }
+    const bool with_limits = seconds.size() < kMaxLimitSamples;
+    const Limits limits = with_limits ? MeasureLimits() : Limits();
     const std::vector<TernaryGroup> groups = NextGroups(c, y.data());
     threads_.Run([](int) {});  // awake, as they are between two ops of one step
     const auto start = std::chrono::steady_clock::now();
@@ -181,14 +181,21 @@ Result Bench::Run(const Case& c) {
         static_cast<double>(groups.size() * kernels::TernaryBytes(c.outputs, c.inputs)) /
         took.count());
     total += took.count();
+    if (!with_limits) continue;
+    read_limits.push_back(limits.bytes_per_second);
+    dot_limits.push_back(limits.macs_per_second);
+    of_read.push_back(bytes.back() / limits.bytes_per_second);
+    if (limits.macs_per_second > 0) of_dot.push_back(macs / took.count() / limits.macs_per_second);
   }
   const auto median = [](std::vector<double>& v) {
     std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
     return v[v.size() / 2];
   };
-  result.macs_per_second = static_cast<double>(c.rows() * c.outputs * c.inputs) / median(seconds);
+  result.macs_per_second = macs / median(seconds);
   result.bytes_per_second = median(bytes);
   result.limits = {median(read_limits), median(dot_limits)};
+  result.of_read_bandwidth = median(of_read);
+  if (!of_dot.empty()) result.of_dot_peak = median(of_dot);  // scalar has no peak
   return result;
 }
 
@@ -205,14 +212,10 @@ std::string Name(const Case& c) {
   return shape;
 }
 
-// Percent of a limit, 0 where there is none.
-double Percent(double value, double limit) { return limit > 0 ? 100 * value / limit : 0; }
-
 void PrintResult(const Case& c, const Result& result) {
   absl::PrintF("%-28s %6d %9.1f %9.1f %7.1f%% %7.1f%%\n", Name(c), c.tokens,
                result.macs_per_second * 1e-9, result.bytes_per_second * 1e-9,
-               Percent(result.bytes_per_second, result.limits.bytes_per_second),
-               Percent(result.macs_per_second, result.limits.macs_per_second));
+               100 * result.of_read_bandwidth, 100 * result.of_dot_peak);
 }
 
 nlohmann::json ToJson(const Case& c, const Result& result) {
@@ -223,9 +226,8 @@ nlohmann::json ToJson(const Case& c, const Result& result) {
           {"top_k", c.top_k},
           {"gmac_per_s", result.macs_per_second * 1e-9},
           {"weight_gb_per_s", result.bytes_per_second * 1e-9},
-          {"percent_of_read_bandwidth",
-           Percent(result.bytes_per_second, result.limits.bytes_per_second)},
-          {"percent_of_dot_peak", Percent(result.macs_per_second, result.limits.macs_per_second)}};
+          {"percent_of_read_bandwidth", 100 * result.of_read_bandwidth},
+          {"percent_of_dot_peak", 100 * result.of_dot_peak}};
 }
 
 }  // namespace
