@@ -146,7 +146,7 @@ def oracle_logits(model_dir: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
     loaded = Checkpoint(model_dir)
     for _ in range(2000):
         ids = torch.randint(0, SHAPE["vocab_size"], (NUM_TOKENS,)).tolist()
-        models = [GoldenModel(loaded, bf16_kv) for bf16_kv in (False, True)]
+        models = [GoldenModel(loaded, kv_bits) for kv_bits in (32, 16)]
         exact, golden = (model.forward(ids).numpy() for model in models)
         if all(
             m.code_margin >= MIN_CODE_MARGIN and m.gate_margin >= MIN_GATE_MARGIN for m in models

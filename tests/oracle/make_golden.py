@@ -2,7 +2,8 @@
 
     python make_golden.py [--out golden]
 
-Each directory is a complete checkpoint plus ids.json and logits.npy (float32 [T, vocab]).
+Each directory is a complete checkpoint plus ids.json and logits.npy (float32 [T, vocab]). run.json
+is there where the cache runs at another precision than the model's own: {"kv": "int3"}.
 """
 
 import argparse
@@ -36,6 +37,7 @@ class Case:
     num_shards: int = 1
     master_dtype: torch.dtype = torch.float32  # of online checkpoints
     scale_dtype: torch.dtype = torch.float32  # of weight_scale
+    kv_bits: int | None = None  # of the run, when not the model's own
 
 
 DENSE = ModelConfig(
@@ -76,6 +78,19 @@ ODD_MOE = replace(
     moe_intermediate_size=46,
     num_experts=7,
     num_experts_per_tok=3,
+)
+# Values are integers times one factor, so that they often stand on an edge between two KV cells:
+# few of them, and wide sums, make seeds without such ties findable.
+A48 = replace(
+    MOE,
+    hidden_size=192,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    num_experts=5,
+    hidden_act="relu2",
+    act_bits=4,
+    kv_bits=3,
 )
 QWEN = replace(
     MOE,
@@ -129,6 +144,27 @@ CASES = [
         replace(
             MOE, num_hidden_layers=1, num_experts=3, moe_intermediate_size=30, quantization=ONLINE
         ),
+    ),
+    Case("bitnet_moe_a48", A48, num_tokens=9),
+    Case(
+        "bitnet_moe_a48_odd_shared",
+        replace(
+            A48,
+            hidden_size=172,
+            num_attention_heads=2,
+            head_dim=20,
+            moe_intermediate_size=46,
+            shared_expert_intermediate_size=70,
+            kv_bits=4,
+        ),
+        num_tokens=5,
+    ),
+    Case("bitnet_moe_kv8", replace(MOE, kv_bits=8, num_experts=3, num_hidden_layers=1)),
+    Case(
+        "bitnet_moe_rotated_kv3",
+        replace(MOE, hidden_size=128, num_hidden_layers=1, num_experts=3),
+        num_tokens=9,
+        kv_bits=3,
     ),
     Case("qwen3_moe_norm", QWEN),
     Case(
@@ -218,7 +254,7 @@ class RandomModel:
 def write_case(case: Case, out: Path) -> None:
     """Tries seeds until no gate choice and no rounding is a near-tie."""
     model_dir = out / case.name
-    for seed in range(1, 2000):
+    for seed in range(1, 10000):
         checkpoint.save(model_dir, case.config, RandomModel(case, seed).build(), case.num_shards)
         ids = (
             np.random.default_rng(seed)
@@ -226,7 +262,7 @@ def write_case(case: Case, out: Path) -> None:
             .tolist()
         )
         loaded = Checkpoint(model_dir)
-        model = GoldenModel(loaded)
+        model = GoldenModel(loaded, case.kv_bits)
         logits = model.forward(ids)
         if (
             model.gate_margin >= MIN_GATE_MARGIN
@@ -237,6 +273,8 @@ def write_case(case: Case, out: Path) -> None:
     else:
         raise RuntimeError(f"{case.name}: no seed without near-ties")
     (model_dir / "ids.json").write_text(json.dumps(ids) + "\n")
+    if case.kv_bits:
+        checkpoint.write_json(model_dir / "run.json", {"kv": f"int{case.kv_bits}"})
     np.save(model_dir / "logits.npy", logits.numpy())
     size = sum(f.stat().st_size for f in model_dir.iterdir())
     print(

@@ -2,8 +2,9 @@
 
     python corpus.py --work DIR        # downloads, unpacks, cleans, splits
 
-Writes DIR/train.txt and DIR/heldout.txt; documents are separated by a form feed ('\\f').
-Every source's licence is listed in ../README.md.
+Writes DIR/train.txt and DIR/validation.txt, documents separated by a form feed ('\\f'), and
+DIR/test.txt, plain text that may be published. No document is in two of them, no paragraph occurs
+twice. Every source's licence is listed in ../README.md.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 DOC_SEPARATOR = "\f"
-HELDOUT_BYTES = 190_000
+VALIDATION_BYTES = 200_000
+TEST_BYTES = 200_000
+MAX_HELD_OUT_DOC_BYTES = 20_000  # so that both hold many documents
 MIN_DOC_CHARS = 200
 MIN_PARAGRAPH_CHARS = 40
 
@@ -39,7 +42,7 @@ HTML_SOURCES = {  # package -> folder of its English pages
 }
 DICT_SOURCES = ["dict-gcide", "dict-foldoc", "dict-jargon", "dict-devil"]
 OTHER_SOURCES = ["bible-kjv", "bible-kjv-text", "perl-doc"]
-# Public domain or permissive: their held-out documents may be published with the model.
+# Public domain or permissive: the test documents, published with the model, come from these.
 PUBLISHABLE = {
     "apache2-doc",
     "bible-kjv-text",
@@ -110,7 +113,9 @@ def unwrap(text: str) -> str:
 
 def clean_gcide_entry(entry: str) -> str:
     entry = re.sub(r"\\[^\\\n]+\\", "", entry)  # pronunciation
-    entry = re.sub(r"\[[^\]]*(Webster|PJC|WordNet)[^\]]*\]", "", entry)
+    for _ in range(3):  # etymologies, sources and accents in brackets, some of them nested
+        entry = re.sub(r" *\[[^\[\]]*\]", "", entry)
+    entry = re.sub(r' *\([^()]*"[^()]*\)', "", entry)  # pronunciation in parentheses
     entry = re.sub(r"\n\s+Syn:.*", "", entry, flags=re.S)
     return unwrap(re.sub(r"[{}]", "", entry)).replace(" ,", ",")
 
@@ -218,18 +223,22 @@ def sample(docs: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, s
     return kept
 
 
-def split(docs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Whole documents: the first short ones, up to HELDOUT_BYTES, are kept from training."""
-    train, heldout, held_bytes = [], [], 0
+def split(docs: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Whole documents in random order: short ones fill the test and validation splits first."""
+    splits: dict[str, list[str]] = {"test": [], "validation": [], "train": []}
+    left = {"test": TEST_BYTES, "validation": VALIDATION_BYTES}
     for package, text in docs:
         size = len(text.encode()) + 2
-        if size < 20_000 and held_bytes + size <= HELDOUT_BYTES:
-            held_bytes += size
-            if package in PUBLISHABLE:
-                heldout.append(text)
-        else:
-            train.append(text)
-    return train, heldout
+        target = "train"
+        if size <= MAX_HELD_OUT_DOC_BYTES:
+            if package in PUBLISHABLE and size <= left["test"]:
+                target = "test"
+            elif size <= left["validation"]:
+                target = "validation"
+        if target in left:
+            left[target] -= size
+        splits[target].append(text)
+    return splits
 
 
 def main() -> None:
@@ -238,9 +247,10 @@ def main() -> None:
     work = parser.parse_args().work
     unpacked = fetch([*HTML_SOURCES, *DICT_SOURCES, *OTHER_SOURCES], work)
     docs = sample(list(deduplicate(documents(unpacked))), random.Random(1))
-    train, heldout = split(docs)
-    (work / "train.txt").write_text(DOC_SEPARATOR.join(train), newline="")
-    (work / "heldout.txt").write_text("\n\n".join(heldout) + "\n", newline="")
+    splits = split(docs)
+    for name in ("train", "validation"):
+        (work / f"{name}.txt").write_text(DOC_SEPARATOR.join(splits[name]), newline="")
+    (work / "test.txt").write_text("\n\n".join(splits["test"]) + "\n", newline="")
     for package in sorted({p for p, _ in docs}):
         sizes = [len(t.encode()) for p, t in docs if p == package]
         print(f"{package:28s} {len(sizes):7d} documents {sum(sizes) / 1e6:7.2f} MB")

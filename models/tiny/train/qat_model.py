@@ -1,7 +1,11 @@
-"""`bitnet_moe` for training: float master weights, ternary forward, straight-through gradients.
+"""`bitnet_moe` for training: float master weights, quantized forward, straight-through gradients.
 
-The formulas are the oracle's (tests/oracle/oracle); parameters of a layer's experts are stacked.
+The formulas are the oracle's (tests/oracle/oracle); the parameters of a layer's experts are
+stacked. One class serves the three precisions of `PRECISIONS`.
 """
+
+from dataclasses import replace
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +13,16 @@ from torch.nn import functional as F
 
 from oracle.config import ModelConfig
 from oracle.ops import activation, rms_norm, rope_tables, rotate, route
-from oracle.quant import quantize_rows, ternarize
+from oracle.quant import cached, quantize_rows, quantize_rows4, ternarize, top_half
+
+# Name -> activation and KV bits; bf16 has float weights and activations.
+PRECISIONS = {"bf16": (16, 16), "b158": (8, 16), "a48": (4, 3)}
+
+
+def with_precision(config: ModelConfig, name: str) -> ModelConfig:
+    act_bits, kv_bits = PRECISIONS[name]
+    return replace(config, act_bits=act_bits, kv_bits=kv_bits)
+
 
 INIT_STD = 0.02
 # What o_proj and down_proj add to the residual stream must not drown the embedding, which starts at
@@ -23,15 +36,28 @@ fused_rotate = torch.compile(rotate)
 
 
 @torch.compile
-def fake_ternary(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def ternary_values(weight: Tensor) -> Tensor:
     codes, scale = ternarize(weight)
-    return (codes * scale).to(dtype)
+    return codes * scale
 
 
 @torch.compile
-def fake_int8(x: Tensor, dtype: torch.dtype) -> Tensor:
+def int8_values(x: Tensor) -> Tensor:
     codes, scale = quantize_rows(x)
-    return (codes / scale).to(dtype)
+    return codes / scale
+
+
+@torch.compile
+def int4_values(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows4(x)
+    return codes / scale
+
+
+def top_half_int8_values(x: Tensor) -> Tensor:
+    return int8_values(top_half(x))
+
+
+fused_cached = torch.compile(cached)
 
 
 @torch.compile
@@ -41,28 +67,53 @@ def gated(name: str, gate_up: Tensor, sub_norm: Tensor, eps: float) -> Tensor:
     return rms_norm(activation(name, gate) * up, sub_norm, eps)
 
 
-class StraightThroughTernary(torch.autograd.Function):
-    """W -> W_q * g in the compute type; the gradient passes unchanged."""
+class StraightThrough(torch.autograd.Function):
+    """x -> quantizer(x) in `dtype`; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return fake_ternary(weight, dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.float(), None
-
-
-class StraightThroughInt8(torch.autograd.Function):
-    """x -> x_q / s in the compute type; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return fake_int8(x, dtype)
+    def forward(
+        ctx, x: Tensor, quantizer: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        return quantizer(x).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad.float(), None
+        return grad.float(), None, None
+
+
+class Quantizers:
+    """What a precision does to a matrix, to the rows that enter one, and to keys and values; each
+    gives the values that the runtime's codes stand for, in `dtype`."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        self.config, self.dtype = config, dtype
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self._apply(weight, ternary_values)
+
+    def block_input(self, x: Tensor) -> Tensor:
+        """Rows entering attention or the feed-forward."""
+        return self._apply(x, int4_values if self.config.act_bits == 4 else int8_values)
+
+    def attention_output(self, x: Tensor) -> Tensor:
+        """Rows entering o_proj."""
+        return self._apply(x, top_half_int8_values if self.config.act_bits == 4 else int8_values)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Rows entering down_proj."""
+        return self._apply(x, int8_values)
+
+    def keys_or_values(self, x: Tensor) -> Tensor:
+        """[B, heads, T, head_dim]. bf16 itself is left to the runtime: it costs nothing."""
+        bits = self.config.kv_bits
+        if bits == 16:
+            return x.to(self.dtype)
+        return StraightThrough.apply(x, lambda t: fused_cached(t, bits), self.dtype)
+
+    def _apply(self, x: Tensor, quantizer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.config.act_bits == 16:
+            return x.to(self.dtype)
+        return StraightThrough.apply(x, quantizer, self.dtype)
 
 
 def matrix(*shape: int, scale: float = 1.0) -> nn.Parameter:
@@ -81,34 +132,43 @@ class Attention(nn.Module):
         self.o_proj = matrix(config.hidden_size, width, scale=RESIDUAL_SCALE)
         self.attn_sub_norm = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, quantizers: Quantizers) -> Tensor:
         """x: fp32 [B, T, hidden], normed."""
         config, (batch, length, _) = self.config, x.shape
-        x = StraightThroughInt8.apply(x, dtype)
+        x = quantizers.block_input(x)
         q, k, v = (
-            F.linear(x, StraightThroughTernary.apply(w, dtype))
+            F.linear(x, quantizers.matrix(w))
             .view(batch, length, -1, config.head_dim)
             .transpose(1, 2)
             for w in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = fused_rotate(q, cos, sin).to(dtype), fused_rotate(k, cos, sin).to(dtype)
+        q, k = fused_rotate(q, cos, sin).to(x.dtype), fused_rotate(k, cos, sin)
         groups = config.num_attention_heads // config.num_key_value_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k, v = (
+            quantizers.keys_or_values(t).repeat_interleave(groups, dim=1) for t in (k, v.float())
+        )
         y = (
             F.scaled_dot_product_attention(q, k, v, is_causal=True)
             .transpose(1, 2)
             .reshape(batch, length, -1)
         )
-        y = StraightThroughInt8.apply(
-            fused_rms_norm(y, self.attn_sub_norm, config.rms_norm_eps), dtype
-        )
-        return F.linear(y, StraightThroughTernary.apply(self.o_proj, dtype)).float()
+        y = fused_rms_norm(y, self.attn_sub_norm, config.rms_norm_eps)
+        return F.linear(quantizers.attention_output(y), quantizers.matrix(self.o_proj)).float()
 
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """rows sorted by expert [N, in], weights [E, out, in], rows per expert -> [N, out]"""
-    parts = zip(rows.split(counts), weights.unbind())
-    return torch.cat([F.linear(part, weight) for part, weight in parts])
+    if not rows.is_cuda:
+        parts = zip(rows.split(counts), weights.unbind())
+        return torch.cat([F.linear(part, weight) for part, weight in parts])
+    # A GPU wants one product: every expert gets as many rows as the busiest.
+    begin = torch.tensor([0, *counts], device=rows.device).cumsum(0)
+    row = torch.arange(len(rows), device=rows.device)
+    expert = torch.searchsorted(begin, row, right=True) - 1
+    slot = row - begin[expert]
+    padded = rows.new_zeros(len(weights), max(counts), rows.shape[1])
+    padded = padded.index_put((expert, slot), rows)
+    return torch.bmm(padded, weights.transpose(1, 2))[expert, slot]
 
 
 class Experts(nn.Module):
@@ -121,12 +181,11 @@ class Experts(nn.Module):
             config.moe_intermediate_size,
         )
         self.gate = matrix(experts, hidden)
-        self.gate_proj = matrix(experts, inner, hidden)
-        self.up_proj = matrix(experts, inner, hidden)
+        self.gate_up_proj = matrix(experts, 2, inner, hidden)
         self.down_proj = matrix(experts, hidden, inner, scale=RESIDUAL_SCALE)
         self.ffn_sub_norm = nn.Parameter(torch.ones(inner))
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, quantizers: Quantizers) -> tuple[Tensor, Tensor, Tensor]:
         """x: fp32 [N, hidden], normed -> [N, hidden], balance loss, share of rows per expert [E]"""
         config = self.config
         logits = x @ self.gate.T
@@ -135,22 +194,20 @@ class Experts(nn.Module):
         tokens = order // config.num_experts_per_tok
         counts = torch.bincount(ids.flatten(), minlength=config.num_experts)
         rows = self.run(
-            StraightThroughInt8.apply(x, dtype).index_select(0, tokens), counts.tolist(), dtype
+            quantizers.block_input(x).index_select(0, tokens), counts.tolist(), quantizers
         )
         y = torch.zeros_like(x).index_add(0, tokens, rows * weights.flatten()[order, None])
         load = counts / counts.sum()
         balance = config.num_experts * (load * torch.softmax(logits, dim=-1).mean(dim=0)).sum()
         return y, balance, load
 
-    def run(self, rows: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    def run(self, rows: Tensor, counts: list[int], quantizers: Quantizers) -> Tensor:
         """Each expert over its rows. [N*k, hidden], sorted by expert -> fp32 [N*k, hidden]"""
-        gate, up, down = (
-            StraightThroughTernary.apply(w, dtype)
-            for w in (self.gate_proj, self.up_proj, self.down_proj)
-        )
-        gate_up = grouped_linear(rows, torch.cat([gate, up], dim=1), counts)
+        gate_up = quantizers.matrix(self.gate_up_proj).flatten(1, 2)
+        gate_up = grouped_linear(rows, gate_up, counts)
         inner = gated(self.config.hidden_act, gate_up, self.ffn_sub_norm, self.config.rms_norm_eps)
-        return grouped_linear(StraightThroughInt8.apply(inner, dtype), down, counts).float()
+        down = quantizers.matrix(self.down_proj)
+        return grouped_linear(quantizers.gated(inner), down, counts).float()
 
 
 class Layer(nn.Module):
@@ -163,11 +220,12 @@ class Layer(nn.Module):
         self.mlp = Experts(config)
 
     def forward(
-        self, h: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
+        self, h: Tensor, cos: Tensor, sin: Tensor, quantizers: Quantizers
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = h + self.self_attn(fused_rms_norm(h, self.input_layernorm, self.eps), cos, sin, dtype)
+        x = fused_rms_norm(h, self.input_layernorm, self.eps)
+        h = h + self.self_attn(x, cos, sin, quantizers)
         x = fused_rms_norm(h, self.post_attention_layernorm, self.eps)
-        y, balance, load = self.mlp(x.flatten(0, 1), dtype)
+        y, balance, load = self.mlp(x.flatten(0, 1), quantizers)
         return h + y.view_as(h), balance, load
 
 
@@ -176,7 +234,7 @@ class QatModel(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.quantizers = config, Quantizers(config, dtype)
         self.embed_tokens = matrix(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -191,10 +249,11 @@ class QatModel(nn.Module):
         h = F.embedding(ids, self.embed_tokens)
         balances, loads = [], []
         for layer in self.layers:
-            h, balance, load = layer(h, self.cos[:length], self.sin[:length], self.dtype)
+            h, balance, load = layer(h, self.cos[:length], self.sin[:length], self.quantizers)
             balances.append(balance)
             loads.append(load)
-        h = fused_rms_norm(h, self.norm, self.config.rms_norm_eps).to(self.dtype)
-        logits = F.linear(h, self.embed_tokens.to(self.dtype)).float()
+        dtype = self.quantizers.dtype
+        h = fused_rms_norm(h, self.norm, self.config.rms_norm_eps).to(dtype)
+        logits = F.linear(h, self.embed_tokens.to(dtype)).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, torch.stack(balances).sum(), torch.stack(loads)

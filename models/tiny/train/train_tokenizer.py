@@ -1,8 +1,9 @@
-"""Trains the byte-level BPE tokenizer and writes the token stream of the corpus.
+"""Trains the byte-level BPE tokenizer and writes the token streams of the corpus.
 
-    python tokenizer.py --work DIR --out ..
+    python train_tokenizer.py --work DIR --out ..
 
-Writes OUT/tokenizer.json, DIR/train.bin (uint16 ids; <|endoftext|> before every document).
+Writes OUT/tokenizer.json, DIR/train.bin and DIR/validation.bin (uint16 ids; <|endoftext|> before
+every document).
 """
 
 import argparse
@@ -62,13 +63,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    docs = (args.work / "train.txt").read_text().split(DOC_SEPARATOR)
-    tokenizer = train(docs)
+    splits = {
+        name: (args.work / f"{name}.txt").read_bytes().decode().split(DOC_SEPARATOR)
+        for name in ("train", "validation")
+    }
+    tokenizer = train(splits["train"])
     tokenizer.save(str(args.out / "tokenizer.json"))
-    ids = encode(tokenizer, docs)
-    ids.tofile(args.work / "train.bin")
-    num_bytes = sum(len(d.encode()) for d in docs)
-    print(f"{len(ids)} tokens, {num_bytes / len(ids):.3f} bytes per token")
+    for name, docs in splits.items():
+        ids = encode(tokenizer, docs)
+        ids.tofile(args.work / f"{name}.bin")
+        num_bytes = sum(len(d.encode()) for d in docs)
+        print(f"{name}: {len(ids)} tokens, {num_bytes / len(ids):.3f} bytes per token")
 
 
 if __name__ == "__main__":

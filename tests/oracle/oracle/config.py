@@ -54,6 +54,8 @@ class ModelConfig:
     norm_topk_prob: bool = True
     shared_expert_intermediate_size: int = 0
     hidden_act: str = "silu"  # or "relu2"
+    act_bits: int = 8  # 8 (b1.58) or 4 (a4.8)
+    kv_bits: int = 16  # 16 (bf16), 8, 4 or 3
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_position_embeddings: int = 512
@@ -74,6 +76,7 @@ class ModelConfig:
 
     def to_json(self) -> dict:
         fields = dataclasses.asdict(self)
+        precisions = {name: fields.pop(name) for name in ("act_bits", "kv_bits")}
         del fields["quantization"]
         if self.model_type == "bitnet":
             fields = {
@@ -83,7 +86,7 @@ class ModelConfig:
             }
         if self.model_type == "bitnet_moe":
             del fields["intermediate_size"]
-            fields |= {"act_bits": 8, "kv_bits": 16}
+            fields |= precisions
         if self.model_type == "qwen3_moe":
             del fields["shared_expert_intermediate_size"]
             fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False}

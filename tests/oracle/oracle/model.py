@@ -1,4 +1,5 @@
-"""The golden forward pass: integer codes, exact accumulators, fp32 everywhere else, bf16 KV."""
+"""The golden forward pass: integer codes, exact accumulators, fp32 everywhere else, and the KV
+cache's precision."""
 
 import math
 
@@ -7,28 +8,38 @@ from torch import Tensor
 
 from oracle.checkpoint import Checkpoint
 from oracle.ops import activation, rms_norm, rope_tables, rotate, route
-from oracle.quant import quantize_rows
+from oracle.quant import cached, hadamard, quantize_rows, quantize_rows4, top_half
 
 
-def int8_margin(x: Tensor, scale: Tensor) -> Tensor:
-    """Relative distance of each x * scale from the nearest tie between two int8 codes."""
-    exact = (x * scale).abs()
-    return (exact - exact.floor() - 0.5).abs() / exact.clamp(min=0.5)
+def tie_margin(exact: Tensor) -> float:
+    """Least relative distance of any number from the nearest tie between two integers."""
+    exact = exact.abs()
+    return float(((exact - exact.floor() - 0.5).abs() / exact.clamp(min=0.5)).min())
 
 
-def bf16_margin(x: Tensor) -> Tensor:
-    """Relative distance of each x from the nearest tie between two bf16 numbers."""
+def bf16_margin(x: Tensor) -> float:
+    """Least relative distance of any x from the nearest tie between two bf16 numbers."""
     low_bits = x.view(torch.int32) & 0xFFFF
-    return (low_bits - 0x8000).abs() * 2.0**-24
+    return float(((low_bits - 0x8000).abs() * 2.0**-24).min())
+
+
+def half_margin(x: Tensor) -> float:
+    """Least relative gap, in any row, between what top_half keeps and what it drops."""
+    ordered = x.abs().sort(dim=-1).values
+    dropped = x.shape[-1] // 2
+    return float((1 - ordered[..., dropped - 1] / ordered[..., dropped]).min())
 
 
 class GoldenModel:
     """One sequence at a time, no cache. Tensors are fp32; T is the sequence's length."""
 
-    def __init__(self, checkpoint: Checkpoint, bf16_kv: bool = True):
+    def __init__(self, checkpoint: Checkpoint, kv_bits: int | None = None):
+        """kv_bits: instead of the checkpoint's own; 32 leaves keys and values as they are."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.bf16_kv = bf16_kv
+        self.kv_bits = kv_bits or self.config.kv_bits
+        # Few bits that training did not see: turned so that no element stands out.
+        self.rotates = self.kv_bits <= 4 and self.config.kv_bits == 16
         self.gate_margin = (
             math.inf
         )  # least gap between the last chosen and the first refused gate logit
@@ -56,17 +67,31 @@ class GoldenModel:
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return rms_norm(x, self.checkpoint.floats(name + ".weight"), self.config.rms_norm_eps)
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = quantize_rows(x)
-        self.code_margin = min(self.code_margin, float(int8_margin(x, scale).min()))
+    def _quantize(self, x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+        if bits == 4:
+            codes, scale = quantize_rows4(x)
+            exact = math.sqrt(7) * x / (x.abs().mean(dim=-1, keepdim=True) + 1e-5)
+        else:
+            codes, scale = quantize_rows(x)
+            exact = x * scale
+        self._watch_code(tie_margin(exact))
         return codes, scale
 
     def _cached(self, x: Tensor) -> Tensor:
-        """K (after RoPE) or V as the runtime's pages give it back: rounded to bf16."""
-        if not self.bf16_kv:
+        """K (after RoPE) or V as the runtime's pages give it back. x [heads, T, head_dim]"""
+        if self.kv_bits == 32:
             return x
-        self.code_margin = min(self.code_margin, float(bf16_margin(x).min()))
-        return x.bfloat16().float()
+        self._watch_code(bf16_margin(x if self.kv_bits == 16 else x[..., :1, :].contiguous()))
+        if self.kv_bits < 16 and x.shape[-2] > 1:
+            steps = 127 if self.kv_bits == 8 else 2 ** (self.kv_bits - 1)
+            exact = (x * (steps / x.abs().amax(dim=-1, keepdim=True)))[..., 1:, :]
+            # Exact on every machine: zeros, and the largest element, on the last edge.
+            inner = exact[(exact != 0) & (exact.abs() < steps * (1 - 1e-6))]
+            self._watch_code(tie_margin(inner if self.kv_bits == 8 else inner + 0.5))
+        return cached(x, self.kv_bits)
+
+    def _watch_code(self, margin: float) -> None:
+        self.code_margin = min(self.code_margin, margin)
 
     def _project_heads(self, name: str, rows: tuple[Tensor, Tensor], heads: int) -> Tensor:
         """[T, hidden] -> [heads, T, head_dim]"""
@@ -77,7 +102,7 @@ class GoldenModel:
     def _attention(self, prefix: str, x: Tensor) -> Tensor:
         """Causal grouped-query attention of normed rows x [T, hidden]."""
         config, prefix = self.config, prefix + "self_attn."
-        rows = self._quantize(x)
+        rows = self._quantize(x, config.act_bits)
         q = self._project_heads(prefix + "q_proj", rows, config.num_attention_heads)
         k = self._project_heads(prefix + "k_proj", rows, config.num_key_value_heads)
         v = self._project_heads(prefix + "v_proj", rows, config.num_key_value_heads)
@@ -85,18 +110,26 @@ class GoldenModel:
             q, k = self._norm(prefix + "q_norm", q), self._norm(prefix + "k_norm", k)
         cos, sin = rope_tables(len(x), config.head_dim, config.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rotates:
+            q, k, v = hadamard(q), hadamard(k), hadamard(v)
         groups = config.num_attention_heads // config.num_key_value_heads
         k, v = (self._cached(t).repeat_interleave(groups, dim=0) for t in (k, v))
         scores = q @ k.transpose(1, 2) / math.sqrt(config.head_dim)
         scores += torch.full_like(scores, -math.inf).triu(1)
-        y = (scores.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
+        y = scores.softmax(dim=-1) @ v
+        if self.rotates:
+            y = hadamard(y)
+        y = y.transpose(0, 1).flatten(1)
         if config.has_sub_norms:
             y = self._norm(prefix + "attn_sub_norm", y)
+        if config.act_bits == 4:
+            self._watch_code(half_margin(y))
+            y = top_half(y)
         return self.checkpoint.linear(prefix + "o_proj", config.hidden_size)(self._quantize(y))
 
     def _feed_forward(self, prefix: str, x: Tensor) -> Tensor:
         config, prefix = self.config, prefix + "mlp."
-        rows = self._quantize(x)
+        rows = self._quantize(x, config.act_bits)
         sub_norm = prefix + "ffn_sub_norm"
         if not config.num_experts:
             return self._expert(prefix, config.intermediate_size, sub_norm, rows)

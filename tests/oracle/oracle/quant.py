@@ -1,5 +1,7 @@
-"""Ternary weights (BitNet b1.58, arXiv 2402.17764), int8 rows, and HF transformers' packing."""
+"""Ternary weights (BitNet b1.58, arXiv 2402.17764), quantized rows (int8; BitNet a4.8, arXiv
+2411.04965: int4 and Top-50%), KV precisions, and HF transformers' packing."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +22,62 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-1, 1), scale
 
 
+def absmax(x: Tensor) -> Tensor:
+    """Of each row, not below MIN_SCALE. [..., n] -> [..., 1]"""
+    return x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_SCALE)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (as float) and s = 127 / absmax of each row, so that x is about codes / s.
 
     [..., n] -> [..., n], [..., 1]
     """
-    scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_SCALE)
+    scale = 127.0 / absmax(x)
     return (x * scale).round().clamp(-128, 127), scale
+
+
+def quantize_rows4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int4 codes (as float) and s = sqrt(7) / mean|x| of each row.
+
+    [..., n] -> [..., n], [..., 1]
+    """
+    mean = x.abs().mean(dim=-1, keepdim=True)
+    codes = (math.sqrt(7) * x / (mean + 1e-5)).round().clamp(-8, 7)
+    return codes, math.sqrt(7) / mean
+
+
+def top_half(x: Tensor) -> Tensor:
+    """The larger half of each row by magnitude, ties at the edge included; the rest becomes 0."""
+    dropped = x.shape[-1] // 2
+    threshold = x.abs().sort(dim=-1).values[..., dropped : dropped + 1]
+    return x * (x.abs() >= threshold)
+
+
+def cached(x: Tensor, bits: int) -> Tensor:
+    """Keys (after RoPE) or values as the KV cache gives them back. x [..., T, head_dim]
+
+    16: bf16. 8: round to 127 steps of absmax. 4 and 3: the middle of 2^bits equal cells between
+    -absmax and absmax. One scale per vector. The first position is always kept at bf16.
+    """
+    if bits == 16:
+        return x.bfloat16().float()
+    largest = absmax(x)
+    if bits == 8:
+        values = (x * (127.0 / largest)).round().clamp(-127, 127) * (largest / 127.0)
+    else:
+        half = 2 ** (bits - 1)
+        cells = (x * (half / largest)).floor().clamp(-half, half - 1)
+        values = (cells + 0.5) * (largest / half)
+    return torch.cat([x[..., :1, :].bfloat16().float(), values[..., 1:, :]], dim=-2)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Each vector of the last dimension (a power of two) times the orthonormal Hadamard matrix."""
+    size = x.shape[-1]
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return x @ matrix / math.sqrt(size)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -56,7 +107,7 @@ class TernaryWeight:
     g: Tensor  # fp32 scalar
 
     def __call__(self, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """rows: what quantize_rows returned.
+        """rows: what quantize_rows or quantize_rows4 returned.
 
         Integer sums below 2^24 are exact in fp32, whatever their order.
         """
