@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from oracle.config import ModelConfig
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch._inductor.config.cpp.threads = args.threads  # else kernels cached by another run decide
     torch.set_flush_denormal(True)  # moments of idle experts fade into denormals: half the speed
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     run = Run(args.work / args.precision, args.precision, args.device, getattr(torch, dtype))
