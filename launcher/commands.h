@@ -27,6 +27,7 @@ struct EvalOptions {
   std::string ids_file;    // JSON array of token ids, with logits_out
   std::string logits_out;  // .npy, float32 [tokens, vocab]
   std::string text;        // UTF-8 file to score
+  bool ladder = false;     // with text: every wire and KV precision (ladder.h)
   std::string json;
 };
 // Logits of given ids, or bits per byte and perplexity of a text.

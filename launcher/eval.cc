@@ -9,18 +9,16 @@
 #include "base/status.h"
 #include "comm/collective.h"
 #include "launcher/commands.h"
+#include "launcher/ladder.h"
 #include "launcher/npy.h"
 #include "launcher/progress.h"
 #include "launcher/report.h"
-#include "runtime/tokenizer.h"
+#include "launcher/scoring.h"
 
 namespace ternion::launcher {
 namespace {
 
-// Longest window that a text is scored in, in tokens.
-constexpr int64_t kMaxWindow = 2048;
-
-absl::StatusOr<std::vector<int32_t>> ReadIds(const std::string& path) {
+absl::StatusOr<TokenIds> ReadIds(const std::string& path) {
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(path));
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto is_id = [](const Json& value) {
@@ -30,7 +28,7 @@ absl::StatusOr<std::vector<int32_t>> ReadIds(const std::string& path) {
   if (!json.is_array() || json.empty() || !std::all_of(json.begin(), json.end(), is_id)) {
     return absl::InvalidArgumentError(path + " is not a JSON array of token ids");
   }
-  return json.get<std::vector<int32_t>>();
+  return json.get<TokenIds>();
 }
 
 // Rank 0, before the model is loaded.
@@ -42,6 +40,14 @@ absl::Status CheckOptions(const EvalOptions& options) {
   }
   if (text && !options.logits_out.empty()) {
     return absl::InvalidArgumentError("--logits-out goes with --ids-file");
+  }
+  if (ids && options.ladder) return absl::InvalidArgumentError("--ladder goes with --text");
+  const EngineFlags defaults, &flags = options.engine;
+  if (options.ladder && (flags.wire_dispatch != defaults.wire_dispatch ||
+                         flags.wire_combine != defaults.wire_combine ||
+                         flags.wire != defaults.wire || flags.kv != defaults.kv)) {
+    return absl::InvalidArgumentError(
+        "--ladder walks the precisions itself: leave --wire* and --kv out");
   }
   TERNION_RETURN_IF_ERROR(CheckWritable(options.logits_out));
   return CheckWritable(options.json);
@@ -66,22 +72,19 @@ class Evaluation {
   runtime::Engine& engine_;
   std::optional<base::AtomicFile> logits_file_;
   absl::Status write_status_;
-  int64_t total_rows_ = 0;  // positions to run
-  int64_t scored_ = 0;      // tokens predicted
-  int64_t bytes_ = 0;
+  ScoredText text_;
   double nll_ = 0;  // nats
 };
 
 // One sequence; it is the first, so rank 0 owns it and sees its logits.
 absl::Status Evaluation::PrepareIds() {
-  runtime::Request request;
-  TERNION_ASSIGN_OR_RETURN(request.prompt, ReadIds(options_.ids_file));
-  request.score = true;
-  total_rows_ = static_cast<int64_t>(request.prompt.size());
-  TERNION_RETURN_IF_ERROR(engine_.Submit(std::move(request)).status());
+  TERNION_ASSIGN_OR_RETURN(TokenIds ids, ReadIds(options_.ids_file));
+  text_.windows.push_back(std::move(ids));
+  TERNION_RETURN_IF_ERROR(SubmitWindows(text_.windows, engine_));
   TERNION_ASSIGN_OR_RETURN(base::AtomicFile file, base::AtomicFile::Create(options_.logits_out));
   logits_file_.emplace(std::move(file));
-  TERNION_RETURN_IF_ERROR(logits_file_->Write(NpyHeader(total_rows_, engine_.config().vocab_size)));
+  TERNION_RETURN_IF_ERROR(
+      logits_file_->Write(NpyHeader(text_.windows[0].size(), engine_.config().vocab_size)));
   engine_.set_logits_sink([this](runtime::SequenceId, int32_t, std::span<const float> logits) {
     const std::span<const uint8_t> bytes(reinterpret_cast<const uint8_t*>(logits.data()),
                                          logits.size_bytes());
@@ -90,57 +93,32 @@ absl::Status Evaluation::PrepareIds() {
   return absl::OkStatus();
 }
 
-// Windows that overlap by one token, so that every token but the first is predicted once; with a
-// bos, the first too.
 absl::Status Evaluation::PrepareText() {
-  TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(options_.text));
-  TERNION_ASSIGN_OR_RETURN(const runtime::Tokenizer tokenizer,
-                           runtime::Tokenizer::Load(options_.engine.model));
-  const runtime::ModelConfig& config = engine_.config();
-  std::vector<int32_t> tokens;
-  if (config.bos_id >= 0) tokens.push_back(config.bos_id);
-  const std::vector<int32_t> ids = tokenizer.Encode(text);
-  tokens.insert(tokens.end(), ids.begin(), ids.end());
-  if (tokens.size() < 2)
-    return absl::InvalidArgumentError(options_.text + " has nothing to predict");
-  bytes_ = static_cast<int64_t>(text.size());
-  scored_ = static_cast<int64_t>(tokens.size()) - 1;
-  const int64_t window = std::min({config.max_positions, engine_.kv_tokens(), kMaxWindow});
-  if (window < 2) return absl::InvalidArgumentError("a window of one token predicts nothing");
-  for (int64_t begin = 0; begin < scored_; begin += window - 1) {
-    const int64_t end = std::min<int64_t>(begin + window, tokens.size());
-    runtime::Request request;
-    request.prompt.assign(tokens.begin() + begin, tokens.begin() + end);
-    request.score = true;
-    total_rows_ += end - begin;
-    TERNION_RETURN_IF_ERROR(engine_.Submit(std::move(request)).status());
-  }
-  return absl::OkStatus();
+  TERNION_ASSIGN_OR_RETURN(
+      text_, CutText(options_.text, options_.engine.model, engine_.config(), MaxWindow(engine_)));
+  return SubmitWindows(text_.windows, engine_);
 }
 
 absl::Status Evaluation::RunToEnd() {
   ProgressBar bar("evaluating", true);
-  int64_t done = 0;
-  while (!engine_.idle()) {
-    TERNION_ASSIGN_OR_RETURN(const runtime::StepReport step, engine_.Step());
-    for (const runtime::SequenceEvent& event : step.events) nll_ += event.nll;
-    done += step.prompt_tokens;
-    bar.Update(done, total_rows_);
-  }
+  int64_t total = 0, done = 0;
+  for (const TokenIds& window : text_.windows) total += static_cast<int64_t>(window.size());
+  const auto on_tokens = [&](int64_t count) { bar.Update(done += count, total); };
+  TERNION_ASSIGN_OR_RETURN(nll_, RunToIdle(engine_, on_tokens));
   return absl::OkStatus();
 }
 
 absl::Status Evaluation::Finish() {
   TERNION_RETURN_IF_ERROR(write_status_);
   if (logits_file_) return logits_file_->Commit();
-  const double bits_per_byte = nll_ / std::log(2.0) / static_cast<double>(bytes_);
-  const double perplexity = std::exp(nll_ / static_cast<double>(scored_));
+  const double bits_per_byte = nll_ / std::log(2.0) / static_cast<double>(text_.num_bytes);
+  const double perplexity = std::exp(nll_ / static_cast<double>(text_.num_predicted));
   std::printf("%s: %lld tokens, %lld bytes, %.4f bits per byte, perplexity %.3f\n",
-              options_.text.c_str(), static_cast<long long>(scored_),
-              static_cast<long long>(bytes_), bits_per_byte, perplexity);
+              options_.text.c_str(), static_cast<long long>(text_.num_predicted),
+              static_cast<long long>(text_.num_bytes), bits_per_byte, perplexity);
   if (options_.json.empty()) return absl::OkStatus();
-  return WriteJson(options_.json, {{"tokens", scored_},
-                                   {"bytes", bytes_},
+  return WriteJson(options_.json, {{"tokens", text_.num_predicted},
+                                   {"bytes", text_.num_bytes},
                                    {"nll", nll_},
                                    {"bits_per_byte", bits_per_byte},
                                    {"perplexity", perplexity},
@@ -153,6 +131,7 @@ absl::Status Evaluation::Finish() {
 absl::Status Eval(const EvalOptions& options, World& world) {
   const absl::Status usable = world.is_root() ? CheckOptions(options) : absl::OkStatus();
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), usable));
+  if (options.ladder) return EvalLadder(options, world);
   TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
   Evaluation evaluation(options, *loaded.engine);
   const absl::Status ready = world.is_root() ? evaluation.Prepare() : absl::OkStatus();

@@ -101,6 +101,9 @@ void AddEval(CLI::App& app, EvalOptions& options) {
   source->require_option(1);
   command->add_option("--logits-out", options.logits_out,
                       "With --ids-file: .npy to write, float32 [tokens, vocabulary]");
+  command->add_flag("--ladder", options.ladder,
+                    "With --text: walk the precisions of the wire and the KV cache, and compare "
+                    "each with the exact wire");
   command->add_option("--json", options.json, "With --text: write the figures to this file");
 }
 

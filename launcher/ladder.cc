@@ -1,0 +1,338 @@
+#include "launcher/ladder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "comm/collective.h"
+#include "launcher/progress.h"
+#include "launcher/report.h"
+#include "launcher/scoring.h"
+
+namespace ternion::launcher {
+namespace {
+
+using comm::RowFormat;
+using kernels::KvFormat;
+
+// What a rank may keep of the reference's logits; windows are compared in groups that fit.
+constexpr int64_t kReferenceBytes = int64_t{512} << 20;
+
+// One combination of precisions.
+struct Rung {
+  runtime::WireOptions wire;
+  KvFormat kv;
+};
+
+// The exact wire first: the reference. Then each dispatch alone; then each combine with each KV
+// cache, at the model's own dispatch.
+std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, KvFormat own_kv) {
+  const RowFormat formats[] = {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kInt8,
+                               RowFormat::kInt4};
+  const KvFormat caches[] = {KvFormat::kBf16, KvFormat::kInt8, KvFormat::kInt4, KvFormat::kInt3};
+  const RowFormat own_dispatch = *runtime::ResolveWire(config, {}).dispatch;
+  std::vector<Rung> rungs;
+  const auto add = [&](const runtime::WireOptions& wire, KvFormat kv) {
+    const runtime::ModelOptions options = {.max_rows = 1, .wire = wire, .kv = kv};
+    if (runtime::CheckPrecisions(config, options).ok()) rungs.push_back({wire, kv});
+  };
+  add({own_dispatch, RowFormat::kFp32, /*exact=*/true}, own_kv);
+  for (RowFormat dispatch : formats) add({dispatch, RowFormat::kFp32}, own_kv);
+  for (KvFormat kv : caches) {
+    for (RowFormat combine : formats) {
+      const bool seen = kv == own_kv && combine == RowFormat::kFp32;
+      if (!seen) add({own_dispatch, combine}, kv);
+    }
+  }
+  return rungs;
+}
+
+// log(sum(e^x)), in double.
+double LogSumExp(std::span<const float> logits) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (float logit : logits) sum += std::exp(static_cast<double>(logit) - largest);
+  return largest + std::log(sum);
+}
+
+size_t ArgMax(std::span<const float> logits) {
+  return std::max_element(logits.begin(), logits.end()) - logits.begin();
+}
+
+// What one rung came to, on one rank or on all of them.
+struct RungResult {
+  double nll = 0;              // of all predicted tokens; rank 0 only
+  int64_t same_top = 0;        // rows with the reference's likeliest token
+  std::vector<float> kl;       // of each row, nats
+  int64_t dispatch_bytes = 0;  // messages on the wire
+  int64_t combine_bytes = 0;
+
+  std::string Serialize() const {
+    const int64_t numbers[] = {same_top, dispatch_bytes, combine_bytes};
+    std::string bytes(sizeof(numbers) + kl.size() * sizeof(float), '\0');
+    std::memcpy(bytes.data(), numbers, sizeof(numbers));
+    std::memcpy(bytes.data() + sizeof(numbers), kl.data(), kl.size() * sizeof(float));
+    return bytes;
+  }
+  // Adds what another rank serialized.
+  absl::Status Add(const std::string& bytes) {
+    int64_t numbers[3];
+    if (bytes.size() < sizeof(numbers) || bytes.size() % sizeof(float) != 0) {
+      return absl::InvalidArgumentError("a rank sent malformed ladder results");
+    }
+    std::memcpy(numbers, bytes.data(), sizeof(numbers));
+    same_top += numbers[0];
+    dispatch_bytes += numbers[1];
+    combine_bytes += numbers[2];
+    const size_t count = (bytes.size() - sizeof(numbers)) / sizeof(float), old = kl.size();
+    kl.resize(old + count);
+    std::memcpy(kl.data() + old, bytes.data() + sizeof(numbers), count * sizeof(float));
+    return absl::OkStatus();
+  }
+};
+
+// The rows that this rank owns, rung against reference. Every rung runs the same windows in the
+// same steps on the same ranks, so that rows come in the same order.
+class RowComparison {
+ public:
+  void StartReference() {
+    logits_.clear();
+    log_sums_.clear();
+    reference_ = true;
+    next_row_ = 0;
+  }
+  void StartRung() {
+    reference_ = false;
+    next_row_ = 0;
+  }
+  void Take(std::span<const float> logits, RungResult& result) {
+    if (reference_) {
+      logits_.insert(logits_.end(), logits.begin(), logits.end());
+      log_sums_.push_back(LogSumExp(logits));
+    }
+    Compare(logits, result);
+    ++next_row_;
+  }
+
+ private:
+  void Compare(std::span<const float> logits, RungResult& result) {
+    const std::span<const float> reference(logits_.data() + next_row_ * logits.size(),
+                                           logits.size());
+    const double log_sum = log_sums_[next_row_];
+    double kl = LogSumExp(logits) - log_sum;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double difference = static_cast<double>(reference[i]) - logits[i];
+      if (difference != 0) kl += std::exp(reference[i] - log_sum) * difference;
+    }
+    result.kl.push_back(static_cast<float>(std::max(kl, 0.0)));
+    result.same_top += ArgMax(logits) == ArgMax(reference);
+  }
+
+  bool reference_ = true;
+  size_t next_row_ = 0;
+  std::vector<float> logits_;     // [rows, vocab]
+  std::vector<double> log_sums_;  // [rows]
+};
+
+// One rank's side of the ladder.
+class Ladder {
+ public:
+  Ladder(const EvalOptions& options, World& world, runtime::Engine& engine)
+      : options_(options),
+        world_(world),
+        engine_(engine),
+        rungs_(MakeRungs(engine.config(), engine.kv_format())),
+        results_(rungs_.size()) {}
+
+  absl::Status Run();
+
+ private:
+  absl::Status CutGroups();
+  absl::Status RunGroup(std::span<const TokenIds> windows, ProgressBar& bar);
+  absl::Status RunRung(std::span<const TokenIds> windows, RungResult& result, ProgressBar& bar);
+  absl::Status GatherResults();
+  absl::Status Report() const;
+  Json RungJson(size_t index) const;
+  double BitsPerByte(const RungResult& result) const {
+    return result.nll / std::log(2.0) / static_cast<double>(text_.num_bytes);
+  }
+
+  const EvalOptions& options_;
+  World& world_;
+  runtime::Engine& engine_;
+  const std::vector<Rung> rungs_;
+  std::vector<RungResult> results_;  // [rungs]
+  RowComparison rows_;
+  ScoredText text_;                                // rank 0
+  std::vector<std::span<const TokenIds>> groups_;  // of its windows; elsewhere empty ones
+  int64_t positions_ = 0, positions_run_ = 0;
+};
+
+// Rank 0 cuts the text; the others learn how many groups there are.
+absl::Status Ladder::CutGroups() {
+  const int64_t rows = kReferenceBytes / (engine_.config().vocab_size * int64_t{sizeof(float)});
+  absl::Status status;
+  if (world_.is_root()) {
+    absl::StatusOr<ScoredText> text =
+        CutText(options_.text, options_.engine.model, engine_.config(),
+                std::min(MaxWindow(engine_), std::max<int64_t>(rows, 2)));
+    status = text.status();
+    if (text.ok()) text_ = *std::move(text);
+  }
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world_.transport(), status));
+  const std::span<const TokenIds> windows(text_.windows);
+  for (size_t begin = 0, end; begin < windows.size(); begin = end) {
+    int64_t taken = static_cast<int64_t>(windows[begin].size());
+    for (end = begin + 1; end < windows.size(); ++end) {
+      taken += static_cast<int64_t>(windows[end].size());
+      if (taken > rows) break;
+    }
+    groups_.push_back(windows.subspan(begin, end - begin));
+  }
+  for (const TokenIds& window : windows) positions_ += static_cast<int64_t>(window.size());
+  TERNION_ASSIGN_OR_RETURN(const std::string count,
+                           comm::Broadcast(world_.transport(), absl::StrCat(groups_.size())));
+  groups_.resize(std::strtoull(count.c_str(), nullptr, 10));
+  return absl::OkStatus();
+}
+
+absl::Status Ladder::RunRung(std::span<const TokenIds> windows, RungResult& result,
+                             ProgressBar& bar) {
+  engine_.set_logits_sink([&](runtime::SequenceId, int32_t, std::span<const float> logits) {
+    rows_.Take(logits, result);
+  });
+  if (world_.is_root()) {
+    TERNION_RETURN_IF_ERROR(SubmitWindows(windows, engine_));
+    const int64_t total = positions_ * static_cast<int64_t>(rungs_.size());
+    TERNION_ASSIGN_OR_RETURN(const double nll, RunToIdle(engine_, [&](int64_t count) {
+                               bar.Update(positions_run_ += count, total);
+                             }));
+    result.nll += nll;
+    TERNION_RETURN_IF_ERROR(engine_.Stop());
+  } else {
+    TERNION_RETURN_IF_ERROR(engine_.Follow());
+  }
+  const comm::TrafficMeter& traffic = world_.transport().traffic();
+  result.dispatch_bytes += traffic.Wire(comm::Phase::kDispatch).message_bytes;
+  result.combine_bytes += traffic.Wire(comm::Phase::kCombine).message_bytes;
+  return absl::OkStatus();
+}
+
+absl::Status Ladder::RunGroup(std::span<const TokenIds> windows, ProgressBar& bar) {
+  for (size_t i = 0; i < rungs_.size(); ++i) {
+    TERNION_RETURN_IF_ERROR(engine_.Reconfigure(rungs_[i].wire, rungs_[i].kv));
+    if (i == 0) {
+      rows_.StartReference();
+    } else {
+      rows_.StartRung();
+    }
+    TERNION_RETURN_IF_ERROR(RunRung(windows, results_[i], bar));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Ladder::GatherResults() {
+  for (RungResult& result : results_) {
+    TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> parts,
+                             comm::Gather(world_.transport(), result.Serialize()));
+    RungResult all{.nll = result.nll};
+    for (const std::string& part : parts) TERNION_RETURN_IF_ERROR(all.Add(part));
+    result = std::move(all);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Ladder::Run() {
+  TERNION_RETURN_IF_ERROR(CutGroups());
+  {
+    ProgressBar bar("climbing the ladder", world_.is_root());
+    for (const std::span<const TokenIds> group : groups_) {
+      TERNION_RETURN_IF_ERROR(RunGroup(group, bar));
+    }
+  }
+  TERNION_RETURN_IF_ERROR(GatherResults());
+  const absl::Status reported = world_.is_root() ? Report() : absl::OkStatus();
+  return comm::BroadcastStatus(world_.transport(), reported);
+}
+
+double Mean(std::span<const float> values) {
+  double sum = 0;
+  for (float value : values) sum += value;
+  return sum / static_cast<double>(values.size());
+}
+
+// The smallest value that `share` of all values do not exceed.
+double Percentile(std::vector<float> values, double share) {
+  const size_t rank = static_cast<size_t>(std::ceil(share * static_cast<double>(values.size())));
+  const auto at = values.begin() + static_cast<int64_t>(std::max<size_t>(rank, 1) - 1);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
+Json Ladder::RungJson(size_t index) const {
+  const RungResult& result = results_[index];
+  const double bits = BitsPerByte(result), reference = BitsPerByte(results_[0]);
+  const double rows = static_cast<double>(result.kl.size());
+  const runtime::ModelConfig& config = engine_.config();
+  const runtime::KvShape shape = {config.num_layers, config.kv_heads, config.head_dim,
+                                  rungs_[index].kv};
+  Json json = WireJson(rungs_[index].wire);
+  json.update({{"kv", kernels::KvFormatName(rungs_[index].kv)},
+               {"bits_per_byte", bits},
+               {"change_percent", 100 * (bits / reference - 1)},
+               {"same_top_percent", 100 * static_cast<double>(result.same_top) / rows},
+               {"kl_mean", Mean(result.kl)},
+               {"kl_p999", Percentile(result.kl, 0.999)},
+               {"dispatch_bytes_per_token", static_cast<double>(result.dispatch_bytes) / rows},
+               {"combine_bytes_per_token", static_cast<double>(result.combine_bytes) / rows},
+               {"kv_bytes_per_token", shape.bytes_per_token()}});
+  return json;
+}
+
+absl::Status Ladder::Report() const {
+  Json ladder = Json::array();
+  std::printf("%s on %s: %lld tokens, %lld bytes, %d ranks; KL in nats, bytes per token\n\n",
+              options_.engine.model.c_str(), options_.text.c_str(),
+              static_cast<long long>(text_.num_predicted), static_cast<long long>(text_.num_bytes),
+              engine_.num_ranks());
+  std::printf(
+      "dispatch combine kv    bits/byte   change  same top   mean KL  99.9%% KL"
+      "  dispatch  combine     KV\n");
+  for (size_t i = 0; i < rungs_.size(); ++i) {
+    const Json rung = RungJson(i);
+    std::printf("%-8s %-7s %-5s %9.4f %+7.3f%% %8.2f%% %9.2e %9.2e %9.0f %8.0f %6lld\n",
+                rung["dispatch"].get<std::string>().c_str(),
+                rung["exact"] ? "exact" : rung["combine"].get<std::string>().c_str(),
+                rung["kv"].get<std::string>().c_str(), rung["bits_per_byte"].get<double>(),
+                rung["change_percent"].get<double>(), rung["same_top_percent"].get<double>(),
+                rung["kl_mean"].get<double>(), rung["kl_p999"].get<double>(),
+                rung["dispatch_bytes_per_token"].get<double>(),
+                rung["combine_bytes_per_token"].get<double>(),
+                rung["kv_bytes_per_token"].get<long long>());
+    ladder.push_back(rung);
+  }
+  if (options_.json.empty()) return absl::OkStatus();
+  return WriteJson(options_.json, {{"model", options_.engine.model},
+                                   {"text", options_.text},
+                                   {"tokens", text_.num_predicted},
+                                   {"bytes", text_.num_bytes},
+                                   {"ranks", engine_.num_ranks()},
+                                   {"isa", world_.isa()},
+                                   {"ladder", ladder}});
+}
+
+}  // namespace
+
+absl::Status EvalLadder(const EvalOptions& options, World& world) {
+  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
+  return Ladder(options, world, *loaded.engine).Run();
+}
+
+}  // namespace ternion::launcher
