@@ -27,8 +27,8 @@ struct EngineOptions {
   std::string model_directory;
   std::string placement;  // "contiguous", or the path of a placement file
   WireOptions wire;
-  std::optional<kernels::KvFormat> kv;  // none: the model's own (kv_bits)
-  int64_t max_rows = 512;               // of one rank in one step
+  std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
+  int64_t max_rows = 512;                              // of one rank in one step
   int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: a quarter of the free memory's
                           // share, at most kMaxDefaultKvTokens
 };

@@ -32,7 +32,8 @@ struct Batch {
 // Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at
 // the owner.
 struct WireOptions {
-  std::optional<comm::RowFormat> dispatch;  // none: the model's activation width, lossless
+  std::optional<comm::RowFormat> dispatch =
+      std::nullopt;  // none: the model's activation width, lossless
   comm::RowFormat combine = comm::RowFormat::kBf16;
   bool exact = false;
 };
