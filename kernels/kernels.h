@@ -17,6 +17,7 @@
 
 #include "base/thread_pool.h"
 #include "kernels/activations.h"
+#include "kernels/kv_page.h"
 #include "kernels/ternary.h"
 
 namespace ternion::kernels {
@@ -60,6 +61,7 @@ struct QuantizeArgs {
   int64_t x_stride = 0;
   float eps = 0;
   int bits = 8;
+  bool top_half = false;  // only the larger half by magnitude is kept (NUMERICS.md, a4.8)
 };
 
 // y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows of x
@@ -120,20 +122,19 @@ struct RopeArgs {
   int head_dim = 0;
 };
 
-// One page of the KV cache holds kPageTokens tokens of one layer in bf16 (round to nearest even):
-//   keys   [kv_heads][head_dim][kPageTokens]   (token-minor: one load gives 16 tokens' same element)
-//   values [kv_heads][kPageTokens][head_dim]
-inline constexpr int kPageTokens = 128;
-struct KvPage {
-  uint16_t* keys = nullptr;
-  uint16_t* values = nullptr;
+// x[head] = H x[head] for each head of a row, in place: H is the orthonormal Hadamard matrix (its own
+// inverse) of head_dim, a power of two. Elements are multiplied by head_dim^-0.5, then added and
+// subtracted in pairs at distances 1, 2, 4, ..
+struct HadamardArgs {
+  float* x = nullptr;  // [num_rows, stride], heads * head_dim columns used
+  int64_t num_rows = 0;
+  int64_t stride = 0;
+  int heads = 0;
+  int head_dim = 0;
 };
-// bf16 elements of keys (and of values) in one page of one layer.
-constexpr int64_t KvPageElements(int kv_heads, int head_dim) {
-  return int64_t{kv_heads} * head_dim * kPageTokens;
-}
 
-// Writes rows of k (after RoPE) and v into the slots of their positions.
+// Writes rows of k (after RoPE) and v into the slots of their positions (kernels/kv_page.h). Rows of
+// one call are of distinct (page table, position).
 struct KvStoreArgs {
   const float* k = nullptr;               // [num_rows, stride]
   const float* v = nullptr;               // [num_rows, stride]
@@ -144,13 +145,16 @@ struct KvStoreArgs {
   int64_t stride = 0;
   int kv_heads = 0;
   int head_dim = 0;
+  KvFormat format = KvFormat::kBf16;
 };
 
 // Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page table:
 // out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a prefill and
 // single decode steps give the same bits). Scores are summed over head_dim, and values over tokens, one
-// after the other in ascending order. heads / kv_heads * (head_dim + 32) + 512 floats fit into a
-// thread's scratch.
+// after the other in ascending order. Below bf16 the codes take the place of keys and values: a score is
+// (q . code) * (key scale * scale), and a weight times its value scale multiplies the codes; position 0,
+// which stays bf16, starts the softmax, its score summed in 16 lanes as above. heads / kv_heads *
+// (head_dim + 32) + 512 floats fit into a thread's scratch.
 struct AttentionArgs {
   const float* q = nullptr;               // [num_rows, q_stride], heads * head_dim columns
   const KvPage* const* pages = nullptr;   // [num_rows] page table of the row's sequence
@@ -163,6 +167,7 @@ struct AttentionArgs {
   int kv_heads = 0;
   int head_dim = 0;
   float scale = 0;
+  KvFormat format = KvFormat::kBf16;
 };
 
 // Softmax over each row's logits in fp32, then the k largest (ties: the lower index), in descending
@@ -206,6 +211,7 @@ struct Kernels {
   void (*embed)(const EmbedArgs&, Executor&) = nullptr;
   void (*glu)(const GluArgs&, Executor&) = nullptr;
   void (*rope)(const RopeArgs&, Executor&) = nullptr;
+  void (*hadamard)(const HadamardArgs&, Executor&) = nullptr;
   void (*kv_store)(const KvStoreArgs&, Executor&) = nullptr;
   void (*attention)(const AttentionArgs&, Executor&) = nullptr;
   void (*gate_top_k)(const GateTopKArgs&, Executor&) = nullptr;

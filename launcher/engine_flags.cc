@@ -43,8 +43,9 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
       .add_option("--placement", flags.placement,
                   "contiguous, or a JSON file that says which ranks hold which experts")
       ->capture_default_str();
-  command.add_option("--kv", flags.kv, "Precision of the KV cache")
-      ->check(CLI::IsMember({"bf16"}))
+  command
+      .add_option("--kv", flags.kv, "Precision of the KV cache; auto: the model's own (kv_bits)")
+      ->check(CLI::IsMember({"auto", "bf16", "int8", "int4", "int3"}))
       ->capture_default_str();
   command
       .add_option("--kv-tokens", flags.kv_tokens,
@@ -72,6 +73,7 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.model_directory = flags.model;
   options.placement = flags.placement;
   options.wire = *wire;
+  options.kv = kernels::ParseKvFormat(flags.kv);  // "auto" is none
   options.kv_tokens = flags.kv_tokens;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;

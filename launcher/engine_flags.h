@@ -19,7 +19,7 @@ struct EngineFlags {
   std::string wire_combine = "bf16";
   std::string wire;  // "exact" or empty
   std::string placement = "contiguous";
-  std::string kv = "bf16";
+  std::string kv = "auto";
   int64_t kv_tokens = 0;
 };
 
@@ -37,8 +37,7 @@ struct LoadedEngine {
 // Collective. Shows a progress bar on rank 0.
 absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world);
 
-// The wire as flags say: dispatch "auto" is the model's own width. InvalidArgument for
-// contradictions.
+// The wire as flags say: dispatch "auto" is left to the model. InvalidArgument for contradictions.
 absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags);
 
 }  // namespace ternion::launcher

@@ -34,6 +34,7 @@ void PrintConfig(const ModelConfig& config) {
   std::printf("ternary weights: %s, weight_scale %s\n",
               config.quantization.online ? "float masters, ternarized at load" : "packed",
               config.quantization.scale_divides ? "divides (1/g)" : "multiplies (g)");
+  std::printf("activations: %d bits; KV cache: %d bits\n", config.act_bits, config.kv_bits);
 }
 
 // (layer, expert) of a tensor named "model.layers.L.mlp.experts.E...", if it is one.

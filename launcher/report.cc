@@ -83,7 +83,7 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
 }
 
 Json WireJson(const runtime::WireOptions& wire) {
-  return {{"dispatch", std::string(comm::RowFormatName(wire.dispatch))},
+  return {{"dispatch", std::string(comm::RowFormatName(*wire.dispatch))},
           {"combine", std::string(comm::RowFormatName(wire.combine))},
           {"exact", wire.exact}};
 }

@@ -24,7 +24,7 @@ struct WorldReport {
 // Collective; the report is filled on rank 0.
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);
 
-// {"dispatch", "combine", "exact"} as the engine runs them.
+// {"dispatch", "combine", "exact"} as the engine runs them (Engine::wire).
 Json WireJson(const runtime::WireOptions& wire);
 
 // Whether `path` can be written, to be asked before the work whose result goes there. An empty path

@@ -187,6 +187,7 @@ Json Session::ToJson(const WorldReport& report, int ranks) const {
           {"load_seconds", loaded_.load_seconds},
           {"logits_hash", absl::StrFormat("%016x", LogitsHash())},
           {"wire", WireJson(loaded_.engine->wire())},
+          {"kv", kernels::KvFormatName(loaded_.engine->kv_format())},
           {"traffic", report.traffic},
           {"per_rank", report.per_rank}};
 }
@@ -201,11 +202,11 @@ absl::Status Session::Finish(const WorldReport& report, int ranks) const {
   // The empty line keeps it apart from the text, which mpirun may forward later.
   std::fprintf(stderr,
                "\n%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
-               "(dispatch %s, combine %s), loaded in %.2f s\n",
+               "(dispatch %s, combine %s; KV %s), loaded in %.2f s\n",
                ranks, ranks == 1 ? "" : "s", throughput_.prefill_rate(), throughput_.decode_rate(),
                HumanBytes(tokens > 0 ? double(report.wire_message_bytes) / tokens : 0).c_str(),
-               std::string(comm::RowFormatName(wire.dispatch)).c_str(), combine.c_str(),
-               loaded_.load_seconds);
+               std::string(comm::RowFormatName(*wire.dispatch)).c_str(), combine.c_str(),
+               kernels::KvFormatName(loaded_.engine->kv_format()), loaded_.load_seconds);
   return options_.json.empty() ? absl::OkStatus() : WriteJson(options_.json, ToJson(report, ranks));
 }
 

@@ -193,6 +193,20 @@ void ReadAttention(Reader& reader, ModelConfig& config) {
   reader.Refuse("use_sliding_window");
 }
 
+void ReadPrecisions(Reader& reader, bool has_experts_of_ours, ModelConfig& config) {
+  config.act_bits = static_cast<int>(reader.IntOr("act_bits", 1, 32, 8));
+  config.kv_bits = static_cast<int>(reader.IntOr("kv_bits", 1, 32, 16));
+  if (config.act_bits != 8 && (config.act_bits != 4 || !has_experts_of_ours)) {
+    reader.Note(absl::UnimplementedError(
+        absl::StrCat("config.json: act_bits ", config.act_bits,
+                     " is not supported (8 is, and 4 for model_type bitnet_moe)")));
+  }
+  if (!kernels::KvFormatOfBits(config.kv_bits)) {
+    reader.Note(absl::UnimplementedError(absl::StrCat("config.json: kv_bits ", config.kv_bits,
+                                                      " is not supported (16, 8, 4 and 3 are)")));
+  }
+}
+
 }  // namespace
 
 int64_t ModelConfig::max_intermediate() const {
@@ -227,12 +241,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
   } else {
     config.dense_intermediate = reader.Int("intermediate_size", 1, kernels::kMaxColumns);
   }
-  if (reader.IntOr("act_bits", 1, 32, 8) != 8) {
-    reader.Note(absl::UnimplementedError("config.json: act_bits other than 8 is not supported"));
-  }
-  if (reader.IntOr("kv_bits", 1, 32, 16) != 16) {
-    reader.Note(absl::UnimplementedError("config.json: kv_bits other than 16 is not supported"));
-  }
+  ReadPrecisions(reader, ours, config);
   config.quantization = ReadQuantization(reader);
   std::vector<int32_t> bos;
   ReadTokenIds(json, "bos_token_id", reader, bos);

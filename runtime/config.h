@@ -41,6 +41,8 @@ struct ModelConfig {
   int64_t expert_intermediate = 0;
   int64_t shared_intermediate = 0;  // of the shared expert; 0: none
   bool renormalize = false;         // norm_topk_prob
+  int act_bits = 8;                 // 8 (b1.58) or 4 (a4.8: NUMERICS.md)
+  int kv_bits = 16;                 // 16, 8, 4 or 3: what the model was trained with
 
   QuantizationConfig quantization;
   int32_t bos_id = -1;           // put before every text; -1: the family's texts start without
@@ -54,7 +56,7 @@ struct ModelConfig {
 };
 
 // Checks every number's range and that they fit together; refuses what the runtime does not do
-// (another model_type, rope scaling, biases, activation bits other than 8). InvalidArgument or
+// (another model_type, rope scaling, biases, other activation bits). InvalidArgument or
 // Unimplemented, naming the key.
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text);
 

@@ -54,24 +54,32 @@ absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape) {
       absl::StrCat("a KV cache of ", tokens, " tokens: this machine's memory holds ", most));
 }
 
-KvShape ShapeOf(const ModelConfig& config) {
-  return {config.num_layers, config.kv_heads, config.head_dim};
+KvShape ShapeOf(const ModelConfig& config, kernels::KvFormat format) {
+  return {config.num_layers, config.kv_heads, config.head_dim, format};
 }
 
 }  // namespace
 
-Engine::Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options,
-               int64_t kv_tokens)
+Engine::Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options)
     : config_(std::move(config)),
       resources_(resources),
       options_(options),
-      kv_cache_(std::make_unique<KvCache>(ShapeOf(config_), kv_tokens)),
-      scheduler_({.num_ranks = resources.transport->size(),
-                  .max_rows = options.max_rows,
-                  .pages_per_rank = kv_cache_->num_pages(),
-                  .max_positions = config_.max_positions,
-                  .vocab_size = config_.vocab_size}),
+      wire_(ResolveWire(config_, options.wire)),
       logits_(Model::kMaxLogitRows * config_.vocab_size) {}
+
+// An empty cache, and a scheduler that knows of no sequence.
+void Engine::MakeCache(kernels::KvFormat kv, int64_t kv_tokens) {
+  sequences_.clear();
+  kv_cache_.reset();
+  kv_cache_ = std::make_unique<KvCache>(ShapeOf(config_, kv), kv_tokens);
+  kv_format_ = kv;
+  scheduler_ =
+      std::make_unique<Scheduler>(SchedulerLimits{.num_ranks = resources_.transport->size(),
+                                                  .max_rows = options_.max_rows,
+                                                  .pages_per_rank = kv_cache_->num_pages(),
+                                                  .max_positions = config_.max_positions,
+                                                  .vocab_size = config_.vocab_size});
+}
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions& options,
                                                             const RankResources& resources,
@@ -80,15 +88,18 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
   const ModelConfig& config = checkpoint.config();
   TERNION_ASSIGN_OR_RETURN(std::shared_ptr<const experts::Placement> placement,
                            MakePlacement(options.placement, config, resources.transport->size()));
-  const int64_t kv_tokens = options.kv_tokens > 0
-                                ? options.kv_tokens
-                                : DefaultKvTokens(ShapeOf(config), *resources.transport);
-  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, ShapeOf(config)));
-  std::unique_ptr<Engine> engine(new Engine(config, resources, options, kv_tokens));
+  const kernels::KvFormat kv = options.kv.value_or(*kernels::KvFormatOfBits(config.kv_bits));
+  const KvShape shape = ShapeOf(config, kv);
+  const int64_t kv_tokens =
+      options.kv_tokens > 0 ? options.kv_tokens : DefaultKvTokens(shape, *resources.transport);
+  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, shape));
+  std::unique_ptr<Engine> engine(new Engine(config, resources, options));
+  engine->MakeCache(kv, kv_tokens);
   const ModelOptions model_options = {
       .max_rows = options.max_rows,
       .max_positions = std::min(config.max_positions, engine->kv_tokens()),
-      .wire = options.wire};
+      .wire = engine->wire_,
+      .kv = kv};
   TERNION_ASSIGN_OR_RETURN(engine->model_, Model::Load(checkpoint, std::move(placement), resources,
                                                        model_options, progress));
   return engine;
@@ -110,20 +121,43 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   return engine;
 }
 
+absl::Status Engine::CheckReconfigure(const WireOptions& wire, kernels::KvFormat kv) const {
+  if (!idle()) return absl::FailedPreconditionError("sequences are still running");
+  TERNION_RETURN_IF_ERROR(
+      CheckPrecisions(config_, {.max_rows = options_.max_rows, .wire = wire, .kv = kv}));
+  return CheckKvTokens(kv_tokens(), ShapeOf(config_, kv));
+}
+
+absl::Status Engine::Reconfigure(const WireOptions& wire, kernels::KvFormat kv) {
+  comm::Transport& transport = *resources_.transport;
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, CheckReconfigure(wire, kv)));
+  absl::Status status;
+  try {
+    wire_ = ResolveWire(config_, wire);
+    MakeCache(kv, kv_tokens());
+    model_->SetPrecisions(wire_, kv);
+  } catch (const std::bad_alloc&) {
+    status = absl::ResourceExhaustedError("out of memory for the KV cache or the exchange");
+  }
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, status));
+  transport.traffic().Reset();
+  return absl::OkStatus();
+}
+
 absl::StatusOr<SequenceId> Engine::Submit(Request request) {
-  return scheduler_.Submit(std::move(request));
+  return scheduler_->Submit(std::move(request));
 }
 
 absl::StatusOr<StepReport> Engine::Step() {
   StepReport report;
   if (idle()) return report;
-  const StepPlan plan = scheduler_.Next();
+  const StepPlan plan = scheduler_->Next();
   for (const Chunk& chunk : plan.chunks) {
-    report.prompt_tokens += scheduler_.PromptTokensOf(chunk);
+    report.prompt_tokens += scheduler_->PromptTokensOf(chunk);
     report.generated_tokens += chunk.sample;
   }
   TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, ExecuteEverywhere(plan));
-  TERNION_ASSIGN_OR_RETURN(report.events, scheduler_.Commit(results));
+  TERNION_ASSIGN_OR_RETURN(report.events, scheduler_->Commit(results));
   return report;
 }
 

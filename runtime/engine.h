@@ -27,8 +27,9 @@ struct EngineOptions {
   std::string model_directory;
   std::string placement;  // "contiguous", or the path of a placement file
   WireOptions wire;
-  int64_t max_rows = 512;  // of one rank in one step
-  int64_t kv_tokens = 0;   // capacity of one rank's KV cache; 0: a quarter of the free memory's
+  std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
+  int64_t max_rows = 512;                              // of one rank in one step
+  int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: a quarter of the free memory's
                           // share, at most kMaxDefaultKvTokens
 };
 inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;
@@ -55,19 +56,27 @@ class Engine {
   absl::StatusOr<SequenceId> Submit(Request request);
   // Rank 0, collective with Follow: one step, and what came of it. Nothing happens when idle.
   absl::StatusOr<StepReport> Step();
-  bool idle() const { return scheduler_.idle(); }
+  bool idle() const { return scheduler_->idle(); }
   // Rank 0: ends Follow on the other ranks.
   absl::Status Stop();
 
   // Other ranks: takes part in steps until rank 0 stops.
   absl::Status Follow();
 
-  // Called for every row of a scored sequence that this rank owns, in order.
+  // Collective, every rank with the same arguments, while nothing is submitted and nobody follows:
+  // other precisions over the same weights, as of an engine created with them. The KV cache keeps
+  // its capacity in tokens, traffic counts from 0, and sequence ids start at 0 again. An error that
+  // names the precisions leaves the engine as it was; after running out of memory it is unusable.
+  absl::Status Reconfigure(const WireOptions& wire, kernels::KvFormat kv);
+
+  // Called for every row of a scored sequence that this rank owns, in order; each rank may set one.
+  // The same submissions to an engine just created or reconfigured have the same owners.
   void set_logits_sink(LogitsSink sink) { logits_sink_ = std::move(sink); }
 
   const ModelConfig& config() const { return config_; }
   const Model& model() const { return *model_; }
-  const WireOptions& wire() const { return options_.wire; }
+  const WireOptions& wire() const { return wire_; }  // dispatch is set
+  kernels::KvFormat kv_format() const { return kv_format_; }
   int num_ranks() const { return resources_.transport->size(); }
   int64_t kv_tokens() const { return kv_cache_->num_pages() * kernels::kPageTokens; }
 
@@ -87,12 +96,13 @@ class Engine {
     int32_t result = 0;  // into this step's results
   };
 
-  Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options,
-         int64_t kv_tokens);
+  Engine(ModelConfig config, const RankResources& resources, const EngineOptions& options);
 
   static absl::StatusOr<std::unique_ptr<Engine>> CreateLocal(const EngineOptions& options,
                                                              const RankResources& resources,
                                                              const LoadProgress& progress);
+  absl::Status CheckReconfigure(const WireOptions& wire, kernels::KvFormat kv) const;
+  void MakeCache(kernels::KvFormat kv, int64_t kv_tokens);
   absl::StatusOr<std::vector<ChunkResult>> ExecuteEverywhere(const StepPlan& plan);
   absl::Status Prepare(const StepPlan& plan);
   absl::StatusOr<std::vector<ChunkResult>> Execute(const StepPlan& plan);
@@ -102,9 +112,11 @@ class Engine {
   const ModelConfig config_;
   const RankResources resources_;
   const EngineOptions options_;
+  WireOptions wire_;
+  kernels::KvFormat kv_format_ = kernels::KvFormat::kBf16;
   std::unique_ptr<KvCache> kv_cache_;
   std::unique_ptr<Model> model_;
-  Scheduler scheduler_;  // used on rank 0
+  std::unique_ptr<Scheduler> scheduler_;  // used on rank 0
   std::map<SequenceId, LocalSequence> sequences_;
   LogitsSink logits_sink_;
   Batch batch_;

@@ -14,13 +14,14 @@ KvPages& KvPages::operator=(KvPages&& other) noexcept {
   std::swap(cache_, other.cache_);
   std::swap(ids_, other.ids_);
   std::swap(table_, other.table_);
+  std::swap(first_, other.first_);
   return *this;
 }
 
 KvCache::KvCache(const KvShape& shape, int64_t capacity_tokens)
     : shape_(shape),
       num_pages_(PagesFor(capacity_tokens)),
-      memory_(num_pages_ * kernels::kPageTokens * shape.bytes_per_token() / sizeof(uint16_t)) {
+      memory_(num_pages_ * shape.num_layers * shape.page().bytes()) {
   for (int64_t id = num_pages_ - 1; id >= 0; --id) free_.push_back(static_cast<int32_t>(id));
 }
 
@@ -34,11 +35,20 @@ absl::StatusOr<KvPages> KvCache::Reserve(int64_t tokens) {
   pages.cache_ = this;
   pages.ids_.assign(free_.end() - count, free_.end());
   free_.resize(free_.size() - count);
-  const int64_t elements = kernels::KvPageElements(shape_.kv_heads, shape_.head_dim);
+  const kernels::KvPageSize size = shape_.page();
+  const bool scaled = shape_.format != kernels::KvFormat::kBf16;
+  const int64_t row = int64_t{2} * shape_.kv_heads * shape_.head_dim;
+  if (scaled) pages.first_ = base::Array<uint16_t>(shape_.num_layers * row);
   for (int layer = 0; layer < shape_.num_layers; ++layer) {
     for (int32_t id : pages.ids_) {
-      uint16_t* keys = memory_.data() + (int64_t{id} * shape_.num_layers + layer) * 2 * elements;
-      pages.table_.push_back({keys, keys + elements});
+      uint8_t* keys = memory_.data() + (int64_t{id} * shape_.num_layers + layer) * size.bytes();
+      uint8_t* values = keys + size.key_bytes;
+      pages.table_.push_back({.keys = keys, .values = values});
+      if (!scaled) continue;
+      kernels::KvPage& page = pages.table_.back();
+      page.key_scales = reinterpret_cast<float*>(values + size.value_bytes);
+      page.value_scales = page.key_scales + size.scale_bytes / sizeof(float);
+      if (id == pages.ids_[0]) page.first = pages.first_.data() + layer * row;
     }
   }
   return pages;

@@ -14,9 +14,13 @@ struct KvShape {
   int num_layers = 0;
   int kv_heads = 0;
   int head_dim = 0;
+  kernels::KvFormat format = kernels::KvFormat::kBf16;
 
-  // Bytes that one token takes over all layers, bf16 keys and values.
-  int64_t bytes_per_token() const { return int64_t{num_layers} * 2 * kv_heads * head_dim * 2; }
+  kernels::KvPageSize page() const {  // of one layer
+    return kernels::SizeOfKvPage(format, kv_heads, head_dim);
+  }
+  // Bytes that one token takes over all layers: keys, values and their scales.
+  int64_t bytes_per_token() const { return num_layers * page().bytes() / kernels::kPageTokens; }
 };
 
 class KvCache;
@@ -41,6 +45,7 @@ class KvPages {
   KvCache* cache_ = nullptr;
   std::vector<int32_t> ids_;            // [pages]
   std::vector<kernels::KvPage> table_;  // [layers, pages]
+  base::Array<uint16_t> first_;  // [layers, {K, V}, kv_heads, head_dim] of position 0, below bf16
 };
 
 // A pool of pages; one page id stands for the same 128 tokens in every layer. Memory is taken from
@@ -63,7 +68,7 @@ class KvCache {
 
   const KvShape shape_;
   const int64_t num_pages_;
-  base::Array<uint16_t> memory_;  // [pages, layers, {keys, values}, KvPageElements]
+  base::Buffer memory_;  // [pages, layers] of keys, values, key scales, value scales
   std::vector<int32_t> free_;
 };
 

@@ -35,10 +35,10 @@ void FillRotaryTables(const ModelConfig& config, int64_t max_positions,
 }
 
 comm::ExchangeOptions MakeExchangeOptions(const ModelConfig& config, const ModelOptions& options) {
-  return {.dispatch = options.wire.dispatch,
+  return {.dispatch = *ResolveWire(config, options.wire).dispatch,
           .combine = options.wire.exact ? comm::RowFormat::kFp32 : options.wire.combine,
           .presum = !options.wire.exact,
-          .act_bits = 8,
+          .act_bits = config.act_bits,
           .hidden = config.hidden,
           .max_rows = options.max_rows,
           .top_k = config.top_k,
@@ -49,7 +49,31 @@ int64_t LocalIntermediate(const ModelConfig& config) {
   return config.moe() ? config.shared_intermediate : config.dense_intermediate;
 }
 
+// A model that did not learn to live with few KV bits needs its outliers spread over the head.
+bool RotatesHeads(const ModelConfig& config, kernels::KvFormat kv) {
+  return config.kv_bits == 16 && kernels::KvBits(kv) < 8;
+}
+
 }  // namespace
+
+WireOptions ResolveWire(const ModelConfig& config, WireOptions wire) {
+  if (!wire.dispatch) {
+    wire.dispatch = config.act_bits == 4 ? comm::RowFormat::kInt4 : comm::RowFormat::kInt8;
+  }
+  return wire;
+}
+
+absl::Status CheckPrecisions(const ModelConfig& config, const ModelOptions& options) {
+  if (config.moe()) {
+    TERNION_RETURN_IF_ERROR(comm::ValidateExchangeOptions(MakeExchangeOptions(config, options)));
+  }
+  const bool power_of_two = (config.head_dim & (config.head_dim - 1)) == 0;
+  if (power_of_two || !RotatesHeads(config, options.kv)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("KV cache: ", kernels::KvFormatName(options.kv),
+                   " rotates heads, which needs a head_dim that is a power of two, not ",
+                   config.head_dim, "; choose bf16 or int8"));
+}
 
 void Batch::Clear() {
   tokens.clear();
@@ -88,17 +112,21 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(
     const Checkpoint& checkpoint, std::shared_ptr<const experts::Placement> placement,
     const RankResources& resources, const ModelOptions& options, const LoadProgress& progress) {
   const ModelConfig& config = checkpoint.config();
+  TERNION_RETURN_IF_ERROR(CheckPrecisions(config, options));
   std::unique_ptr<Model> model(new Model(config, std::move(placement), resources, options));
   TERNION_RETURN_IF_ERROR(model->LoadWeights(checkpoint, progress));
-  if (config.moe()) {
-    const experts::GateConfig gate = {config.num_experts, config.top_k, config.renormalize};
-    const comm::ExchangeOptions exchange = MakeExchangeOptions(config, options);
-    TERNION_RETURN_IF_ERROR(comm::ValidateExchangeOptions(exchange));
-    model->moe_ = std::make_unique<experts::MoeContext>(gate, exchange, config.expert_intermediate,
-                                                        resources.transport, resources.kernels,
-                                                        resources.executor);
-  }
+  model->SetPrecisions(options.wire, options.kv);
   return model;
+}
+
+void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
+  options_.wire = wire;
+  options_.kv = kv;
+  if (!config_.moe()) return;
+  const experts::GateConfig gate = {config_.num_experts, config_.top_k, config_.renormalize};
+  moe_ = std::make_unique<experts::MoeContext>(gate, MakeExchangeOptions(config_, options_),
+                                               config_.expert_intermediate, resources_.transport,
+                                               resources_.kernels, resources_.executor);
 }
 
 absl::Status Model::Forward(const Batch& batch) {
@@ -115,7 +143,8 @@ absl::Status Model::Forward(const Batch& batch) {
   return absl::OkStatus();
 }
 
-// h += o_proj(norm(attention(rope(q), rope(k), v))).
+// h += o_proj(norm(attention(rope(q), rope(k), v))). Rotating q and k alike leaves their scores;
+// what rotating v does to the output is undone there.
 void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch) {
   const kernels::Kernels& kernels = *resources_.kernels;
   kernels::Executor& executor = *resources_.executor;
@@ -130,14 +159,15 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
                     .weight = layer.input_norm.data(),
                     .out = x,
                     .x_stride = config_.hidden,
-                    .eps = config_.norm_eps},
+                    .eps = config_.norm_eps,
+                    .bits = config_.act_bits},
                    executor);
   const kernels::TernaryGroup qkv[] = {{w.q.view, 0, rows, q_.data(), q_dim},
                                        {w.k.view, 0, rows, k_.data(), kv_dim},
                                        {w.v.view, 0, rows, v_.data(), kv_dim}};
   kernels.ternary_matmul({.x = x, .groups = qkv}, executor);
 
-  const auto norm_and_rotate = [&](float* vectors, int num_heads, const float* norm) {
+  const auto norm_and_rope = [&](float* vectors, int num_heads, const float* norm) {
     if (norm != nullptr) {
       kernels.rms_norm({.x = vectors,
                         .weight = norm,
@@ -159,8 +189,14 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
                   .head_dim = head_dim},
                  executor);
   };
-  norm_and_rotate(q_.data(), heads, OrNull(w.q_norm));
-  norm_and_rotate(k_.data(), kv_heads, OrNull(w.k_norm));
+  norm_and_rope(q_.data(), heads, OrNull(w.q_norm));
+  norm_and_rope(k_.data(), kv_heads, OrNull(w.k_norm));
+  const bool rotates = RotatesHeads(config_, options_.kv);
+  if (rotates) {
+    RotateHeads(q_.data(), heads, rows);
+    RotateHeads(k_.data(), kv_heads, rows);
+    RotateHeads(v_.data(), kv_heads, rows);
+  }
   kernels.kv_store({.k = k_.data(),
                     .v = v_.data(),
                     .pages = page_tables_.data(),
@@ -168,7 +204,8 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
                     .num_rows = rows,
                     .stride = kv_dim,
                     .kv_heads = kv_heads,
-                    .head_dim = head_dim},
+                    .head_dim = head_dim,
+                    .format = options_.kv},
                    executor);
   kernels.attention({.q = q_.data(),
                      .pages = page_tables_.data(),
@@ -180,15 +217,18 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
                      .heads = heads,
                      .kv_heads = kv_heads,
                      .head_dim = head_dim,
-                     .scale = 1.0f / std::sqrt(static_cast<float>(head_dim))},
+                     .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
+                     .format = options_.kv},
                     executor);
+  if (rotates) RotateHeads(attended_.data(), heads, rows);
 
   const kernels::QuantizedRows attended = attended_codes_.rows(rows);
   kernels.quantize({.x = attended_.data(),
                     .weight = OrNull(w.sub_norm),
                     .out = attended,
                     .x_stride = q_dim,
-                    .eps = config_.norm_eps},
+                    .eps = config_.norm_eps,
+                    .top_half = config_.act_bits == 4},
                    executor);
   const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
   kernels.ternary_matmul({.x = attended, .groups = o}, executor);
@@ -204,7 +244,8 @@ absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& 
                                 .normed = config_.moe() ? normed_.data() : nullptr,
                                 .out = x,
                                 .x_stride = config_.hidden,
-                                .eps = config_.norm_eps},
+                                .eps = config_.norm_eps,
+                                .bits = config_.act_bits},
                                *resources_.executor);
   if (LocalIntermediate(config_) > 0) {
     const experts::FfnConfig ffn = {config_.hidden, LocalIntermediate(config_), config_.activation,
@@ -217,6 +258,15 @@ absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& 
   if (!config_.moe()) return absl::OkStatus();
   const experts::MoeInput input = {x, normed_.data(), batch.step, static_cast<uint32_t>(index)};
   return experts::MoeForward(layer.moe, *placement_, input, *moe_, hidden_.data());
+}
+
+void Model::RotateHeads(float* vectors, int num_heads, int64_t num_rows) {
+  resources_.kernels->hadamard({.x = vectors,
+                                .num_rows = num_rows,
+                                .stride = int64_t{num_heads} * config_.head_dim,
+                                .heads = num_heads,
+                                .head_dim = config_.head_dim},
+                               *resources_.executor);
 }
 
 void Model::AddOutToHidden(int64_t num_rows) {

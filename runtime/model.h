@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -31,7 +32,8 @@ struct Batch {
 // Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at
 // the owner.
 struct WireOptions {
-  comm::RowFormat dispatch = comm::RowFormat::kInt8;
+  std::optional<comm::RowFormat> dispatch =
+      std::nullopt;  // none: the model's activation width, lossless
   comm::RowFormat combine = comm::RowFormat::kBf16;
   bool exact = false;
 };
@@ -40,7 +42,16 @@ struct ModelOptions {
   int64_t max_rows = 0;       // of one step on this rank
   int64_t max_positions = 0;  // rotary tables reach this far
   WireOptions wire;
+  kernels::KvFormat kv = kernels::KvFormat::kBf16;
 };
+
+// What `wire` leaves open, from the model.
+WireOptions ResolveWire(const ModelConfig& config, WireOptions wire);
+
+// InvalidArgument when the model cannot run with these precisions: int4 dispatch would round its
+// activations; an int4 or int3 KV cache rotates heads (NUMERICS.md) that have no power of two of
+// elements. Looks at `options.max_rows`, `wire` and `kv`.
+absl::Status CheckPrecisions(const ModelConfig& config, const ModelOptions& options);
 
 // What a rank works with. All outlive the model.
 struct RankResources {
@@ -86,6 +97,10 @@ class Model {
   static constexpr int64_t kMaxLogitRows = 32;
   void Logits(std::span<const int32_t> rows, float* logits);
 
+  // Other precisions from the next Forward on, over the same weights; its pages have format `kv`.
+  // They passed CheckPrecisions.
+  void SetPrecisions(const WireOptions& wire, kernels::KvFormat kv);
+
   int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
   int64_t num_local_experts() const { return num_local_experts_; }  // over all layers
 
@@ -96,12 +111,13 @@ class Model {
   absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
   void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch);
   absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch);
+  void RotateHeads(float* vectors, int num_heads, int64_t num_rows);
   void AddOutToHidden(int64_t num_rows);
 
   const ModelConfig config_;
   const std::shared_ptr<const experts::Placement> placement_;
   const RankResources resources_;
-  const ModelOptions options_;
+  ModelOptions options_;
 
   OwnedDenseMatrix embedding_;  // [vocab, hidden]
   OwnedDenseMatrix head_;       // [vocab, hidden], empty when tied

@@ -5,6 +5,7 @@
 #include "kernels/cpu/float_ops_attention.inc.h"
 #include "kernels/cpu/float_ops_dense.inc.h"
 #include "kernels/cpu/float_ops_gate.inc.h"
+#include "kernels/cpu/float_ops_kv.inc.h"
 #include "kernels/cpu/float_ops_rows.inc.h"
 #include "kernels/kernels.h"
 
@@ -18,6 +19,7 @@ constexpr Kernels kThisVariant = {
     .embed = Embed,
     .glu = Glu,
     .rope = Rope,
+    .hadamard = Hadamard,
     .kv_store = KvStore,
     .attention = Attention,
     .gate_top_k = GateTopK,

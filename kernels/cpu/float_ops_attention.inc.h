@@ -3,6 +3,7 @@
 // A task is one row and one KV head. It walks the row's pages in order with a running softmax: the
 // page is the tile, so a result depends on the position alone. All query heads of the KV head pass
 // over a page while it is in cache, four at a time over the same registers of keys and values.
+// Pages below bf16 differ in how those registers are filled and in the scales of their tokens.
 #pragma once
 
 #include "kernels/cpu/float_ops_common.inc.h"
@@ -17,13 +18,62 @@ constexpr int kSumTile = 16;
 constexpr int kSumTile = 4;
 #endif
 
+template <KvFormat kFormat>
+constexpr int kBitsOf = kFormat == KvFormat::kBf16   ? 16
+                        : kFormat == KvFormat::kInt8 ? 8
+                        : kFormat == KvFormat::kInt4 ? 4
+                                                     : 3;
+// Whether codes lie in words of eight (kernels/kv_page.h).
+template <KvFormat kFormat>
+constexpr bool kPacked = kBitsOf<kFormat> < 8;
+constexpr int kWordCodes = 8;
+// Bytes of sixteen words, and of all tokens' values of 16 elements.
+template <KvFormat kFormat>
+constexpr int64_t kWordsBytes = int64_t{kLanes} * kBitsOf<kFormat>;
+template <KvFormat kFormat>
+constexpr int64_t kBlockBytes = kPageTokens / kWordCodes* kWordsBytes<kFormat>;
+
 // One KV head's share of a page, and how many of its tokens the row may see.
 struct PageView {
-  const uint16_t* keys;    // [head_dim, kPageTokens]
-  const uint16_t* values;  // [kPageTokens, head_dim]
-  int count;               // 1 .. kPageTokens
+  const uint8_t* keys;
+  const uint8_t* values;
+  const float* key_scales;    // [kPageTokens], or null at bf16
+  const float* value_scales;  // [kPageTokens], or null at bf16
+  bool skip_first;            // its token 0 has been counted already
+  int count;                  // 1 .. kPageTokens
   int head_dim;
 };
+
+template <KvFormat kFormat>
+inline PageView ViewPage(const KvPage& page, int kv_head, int head_dim, int begin, int count) {
+  const int64_t vector = int64_t{kBitsOf<kFormat>} * head_dim * kPageTokens / 8;
+  const int64_t values =
+      kPacked<kFormat> ? base::CeilDiv(head_dim, kLanes) * kBlockBytes<kFormat> : vector;
+  const int64_t scales = int64_t{kv_head} * kPageTokens;
+  PageView view = {};
+  view.keys = static_cast<const uint8_t*>(page.keys) + kv_head * vector;
+  view.values = static_cast<const uint8_t*>(page.values) + kv_head * values;
+  if constexpr (kFormat != KvFormat::kBf16) {
+    view.key_scales = page.key_scales + scales;
+    view.value_scales = page.value_scales + scales;
+    view.skip_first = begin == 0;
+  }
+  view.count = count < kPageTokens ? count : kPageTokens;
+  view.head_dim = head_dim;
+  return view;
+}
+
+// n elements from `index` on, of those that do not lie in words.
+template <KvFormat kFormat>
+inline F32x16 LoadElements(const uint8_t* data, int64_t index, int64_t n) {
+  if constexpr (kFormat == KvFormat::kBf16) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(data) + index;
+    return n == kLanes ? LoadBf16(p) : LoadBf16N(p, n);
+  } else {
+    const int8_t* p = reinterpret_cast<const int8_t*>(data) + index;
+    return n == kLanes ? LoadI8(p) : LoadI8N(p, n);
+  }
+}
 
 // The running softmax of the query heads of one task, in the thread's scratch.
 struct SoftmaxState {
@@ -34,10 +84,12 @@ struct SoftmaxState {
   int64_t padded_dim;
 };
 
-// scores[g][16 t + l] = sum over d of q[g][d] * keys[d][16 t + l], for T vectors of tokens.
-template <int G, int T>
-inline void ScoreTile(const float* q, const uint16_t* keys, int head_dim, float scale,
-                      float* scores) {
+// scores[g][token + 16 t + l] = scale * sum over d of q[g][d] * keys[d][token + 16 t + l], for T
+// vectors of tokens.
+template <KvFormat kFormat, int G, int T>
+inline void ScoreTile(const float* q, const PageView& page, int token, float scale, float* scores) {
+  constexpr int kBits = kBitsOf<kFormat>;
+  const int head_dim = page.head_dim;
   F32x16 sums[G][T];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
@@ -46,8 +98,17 @@ inline void ScoreTile(const float* q, const uint16_t* keys, int head_dim, float 
   }
   for (int d = 0; d < head_dim; ++d) {
     F32x16 k[T];
+    if constexpr (kPacked<kFormat>) {
+      const U32x16 words =
+          LoadWords<kBits>(page.keys + d * kWordsBytes<kFormat>) >> (token / kLanes * kBits);
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) k[t] = LoadBf16(keys + d * kPageTokens + t * kLanes);
+      for (int t = 0; t < T; ++t) k[t] = CodeValue<kBits>(words >> (t * kBits));
+    } else {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        k[t] = LoadElements<kFormat>(page.keys, d * kPageTokens + token + t * kLanes, kLanes);
+      }
+    }
 #pragma GCC unroll 16
     for (int g = 0; g < G; ++g) {
       const F32x16 x = Set1(q[g * head_dim + d]);
@@ -59,7 +120,10 @@ inline void ScoreTile(const float* q, const uint16_t* keys, int head_dim, float 
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      Store(sums[g][t] * Set1(scale), scores + g * kPageTokens + t * kLanes);
+      const int at = token + t * kLanes;
+      F32x16 factor = Set1(scale);
+      if constexpr (kFormat != KvFormat::kBf16) factor = Load(page.key_scales + at) * factor;
+      Store(sums[g][t] * factor, scores + g * kPageTokens + at);
     }
   }
 }
@@ -86,9 +150,10 @@ inline F32x16 UpdateSoftmax(float* scores, int count, float* largest, float* sum
 
 // outs[g] = outs[g] * factors[g] + sum over tokens of weights[g][token] * values[token], for T
 // vectors of the head; with T = 1, the vector's first n elements.
-template <int G, int T>
+template <KvFormat kFormat, int G, int T>
 inline void ValueTile(const float* weights, const PageView& page, int64_t begin, int64_t n,
                       const F32x16* factors, float* outs, int64_t padded_dim) {
+  constexpr int kBits = kBitsOf<kFormat>;
   F32x16 sums[G][T];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
@@ -97,12 +162,27 @@ inline void ValueTile(const float* weights, const PageView& page, int64_t begin,
       sums[g][t] = Load(outs + g * padded_dim + begin + t * kLanes) * factors[g];
     }
   }
+  U32x16 words[T] = {};
   for (int token = 0; token < page.count; ++token) {
-    const uint16_t* values = page.values + int64_t{token} * page.head_dim + begin;
     F32x16 v[T];
+    if constexpr (kPacked<kFormat>) {
+      if (token % kWordCodes == 0) {
+        const uint8_t* group = page.values + begin / kLanes * kBlockBytes<kFormat> +
+                               token / kWordCodes * kWordsBytes<kFormat>;
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
-      v[t] = T == 1 ? LoadBf16N(values, n) : LoadBf16(values + t * kLanes);
+        for (int t = 0; t < T; ++t) words[t] = LoadWords<kBits>(group + t * kBlockBytes<kFormat>);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        v[t] = CodeValue<kBits>(words[t]);
+        words[t] = words[t] >> kBits;
+      }
+    } else {
+      const int64_t first = int64_t{token} * page.head_dim + begin;
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        v[t] = LoadElements<kFormat>(page.values, first + t * kLanes, T == 1 ? n : kLanes);
+      }
     }
 #pragma GCC unroll 16
     for (int g = 0; g < G; ++g) {
@@ -118,33 +198,46 @@ inline void ValueTile(const float* weights, const PageView& page, int64_t begin,
   }
 }
 
+// Scores of one query head become weights; returns the factor of what was summed before.
+template <KvFormat kFormat>
+inline F32x16 WeighPage(const PageView& page, float* scores, float* largest, float* sum) {
+  if (page.skip_first) scores[0] = -__builtin_inff();
+  const F32x16 factor = UpdateSoftmax(scores, page.count, largest, sum);
+  if constexpr (kFormat != KvFormat::kBf16) {
+    ForEachVector(page.count, [&](int64_t i, int64_t) {
+      Store(Load(scores + i) * Load(page.value_scales + i), scores + i);
+    });
+  }
+  return factor;
+}
+
 // One page for query heads first .. first + G - 1 of the task.
-template <int G>
+template <KvFormat kFormat, int G>
 inline void AttendPage(const float* q, const PageView& page, float scale, const SoftmaxState& state,
                        int first) {
   constexpr int kTile = kSumTile / G < 8 ? kSumTile / G : 8;
   const float* queries = q + int64_t{first} * page.head_dim;
   int token = 0;
   for (; token + kTile * kLanes <= page.count; token += kTile * kLanes) {
-    ScoreTile<G, kTile>(queries, page.keys + token, page.head_dim, scale, state.weights + token);
+    ScoreTile<kFormat, G, kTile>(queries, page, token, scale, state.weights);
   }
   for (; token < page.count; token += kLanes) {
-    ScoreTile<G, 1>(queries, page.keys + token, page.head_dim, scale, state.weights + token);
+    ScoreTile<kFormat, G, 1>(queries, page, token, scale, state.weights);
   }
   F32x16 factors[G];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
-    factors[g] = UpdateSoftmax(state.weights + g * kPageTokens, page.count,
-                               state.largest + first + g, state.sums + (first + g) * kLanes);
+    factors[g] = WeighPage<kFormat>(page, state.weights + g * kPageTokens,
+                                    state.largest + first + g, state.sums + (first + g) * kLanes);
   }
   float* outs = state.outs + first * state.padded_dim;
   int64_t d = 0;
   for (; d + kTile * kLanes <= page.head_dim; d += kTile * kLanes) {
-    ValueTile<G, kTile>(state.weights, page, d, kLanes, factors, outs, state.padded_dim);
+    ValueTile<kFormat, G, kTile>(state.weights, page, d, kLanes, factors, outs, state.padded_dim);
   }
   for (; d < page.head_dim; d += kLanes) {
     const int64_t n = page.head_dim - d < kLanes ? page.head_dim - d : kLanes;
-    ValueTile<G, 1>(state.weights, page, d, n, factors, outs, state.padded_dim);
+    ValueTile<kFormat, G, 1>(state.weights, page, d, n, factors, outs, state.padded_dim);
   }
 }
 
@@ -160,23 +253,40 @@ inline SoftmaxState EmptyState(uint8_t* scratch, int heads, int head_dim) {
   return state;
 }
 
+// The softmax of position 0 alone, whose key and value are bf16 at every format.
+inline void AttendFirst(const float* q, const uint16_t* key, const uint16_t* value, int heads,
+                        int head_dim, float scale, const SoftmaxState& state) {
+  for (int h = 0; h < heads; ++h) {
+    F32x16 sum = Zero();
+    ForEachVector(head_dim, [&](int64_t i, int64_t n) {
+      sum = sum + LoadN(q + h * head_dim + i, n) * LoadBf16N(key + i, n);
+      Store(LoadBf16N(value + i, n), state.outs + h * state.padded_dim + i);
+    });
+    state.largest[h] = Sum(sum) * scale;
+    state.sums[h * kLanes] = 1.0f;
+  }
+}
+
 // One task: the query heads of `kv_head` of one row.
-inline void AttendRow(const AttentionArgs& args, int64_t row, int kv_head, uint8_t* scratch) {
+template <KvFormat kFormat>
+void AttendRow(const AttentionArgs& args, int64_t row, int kv_head, uint8_t* scratch) {
   const int heads = args.heads / args.kv_heads;
   const int64_t first_column = int64_t{kv_head} * heads * args.head_dim;
   const float* q = args.q + row * args.q_stride + first_column;
   const SoftmaxState state = EmptyState(scratch, heads, args.head_dim);
   const int num_tokens = args.positions[row] + 1;
-  const int64_t page_offset = KvPageElements(kv_head, args.head_dim);
+  if constexpr (kFormat != KvFormat::kBf16) {
+    const uint16_t* key = args.pages[row][0].first + int64_t{kv_head} * args.head_dim;
+    const uint16_t* value = key + int64_t{args.kv_heads} * args.head_dim;
+    AttendFirst(q, key, value, heads, args.head_dim, args.scale, state);
+  }
   for (int begin = 0; begin < num_tokens; begin += kPageTokens) {
-    const KvPage& page = args.pages[row][begin / kPageTokens];
-    const int left = num_tokens - begin;
-    const PageView view = {page.keys + page_offset, page.values + page_offset,
-                           left < kPageTokens ? left : kPageTokens, args.head_dim};
+    const PageView page = ViewPage<kFormat>(args.pages[row][begin / kPageTokens], kv_head,
+                                            args.head_dim, begin, num_tokens - begin);
     int h = 0;
-    for (; h + 4 <= heads; h += 4) AttendPage<4>(q, view, args.scale, state, h);
-    for (; h + 2 <= heads; h += 2) AttendPage<2>(q, view, args.scale, state, h);
-    if (h < heads) AttendPage<1>(q, view, args.scale, state, h);
+    for (; h + 4 <= heads; h += 4) AttendPage<kFormat, 4>(q, page, args.scale, state, h);
+    for (; h + 2 <= heads; h += 2) AttendPage<kFormat, 2>(q, page, args.scale, state, h);
+    if (h < heads) AttendPage<kFormat, 1>(q, page, args.scale, state, h);
   }
   float* out = args.out + row * args.out_stride + first_column;
   for (int h = 0; h < heads; ++h) {
@@ -193,7 +303,8 @@ inline int64_t TaskCost(int32_t position) { return int64_t{position} + 16; }
 
 // Tasks in the order of KV heads, then rows (neighbouring rows often share pages), stand on a line,
 // each as long as it costs; a thread takes those whose middle lies in its part of the line.
-void Attention(const AttentionArgs& args, Executor& executor) {
+template <KvFormat kFormat>
+void AttentionOver(const AttentionArgs& args, Executor& executor) {
   int64_t head_cost = 0;
   for (int64_t row = 0; row < args.num_rows; ++row) head_cost += TaskCost(args.positions[row]);
   const auto body = [&](int64_t begin, int64_t end, int thread) {
@@ -204,12 +315,25 @@ void Attention(const AttentionArgs& args, Executor& executor) {
         const int64_t middle = at + cost / 2;
         at += cost;
         if (middle < begin || middle >= end) continue;
-        AttendRow(args, row, kv_head, executor.threads->scratch(thread));
+        AttendRow<kFormat>(args, row, kv_head, executor.threads->scratch(thread));
       }
     }
   };
   const int64_t work = int64_t{2} * args.head_dim * args.heads / args.kv_heads;  // per position
   executor.threads->ParallelFor(head_cost * args.kv_heads, MinUnits(work), body);
+}
+
+void Attention(const AttentionArgs& args, Executor& executor) {
+  switch (args.format) {
+    case KvFormat::kBf16:
+      return AttentionOver<KvFormat::kBf16>(args, executor);
+    case KvFormat::kInt8:
+      return AttentionOver<KvFormat::kInt8>(args, executor);
+    case KvFormat::kInt4:
+      return AttentionOver<KvFormat::kInt4>(args, executor);
+    case KvFormat::kInt3:
+      return AttentionOver<KvFormat::kInt3>(args, executor);
+  }
 }
 
 }  // namespace

@@ -193,29 +193,5 @@ void Rope(const RopeArgs& args, Executor& executor) {
   });
 }
 
-// Round to nearest even; NaN stays NaN.
-inline uint16_t ToBf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-void KvStore(const KvStoreArgs& args, Executor& executor) {
-  const int64_t columns = int64_t{args.kv_heads} * args.head_dim;
-  ForEachRow(args.num_rows, 4 * columns, executor, [&](int64_t row) {
-    const int32_t position = args.positions[row];
-    const KvPage& page = args.pages[row][position / kPageTokens];
-    const int64_t slot = position % kPageTokens;
-    const float* k = args.k + row * args.stride;
-    const float* v = args.v + row * args.stride;
-    for (int64_t c = 0; c < columns; ++c) page.keys[c * kPageTokens + slot] = ToBf16(k[c]);
-    for (int64_t head = 0; head < args.kv_heads; ++head) {
-      uint16_t* values = page.values + (head * kPageTokens + slot) * args.head_dim;
-      for (int d = 0; d < args.head_dim; ++d) values[d] = ToBf16(v[head * args.head_dim + d]);
-    }
-  });
-}
-
 }  // namespace
 }  // namespace ternion::kernels

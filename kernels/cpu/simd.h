@@ -28,6 +28,7 @@ constexpr int kLanes = 16;
 //   Set1(x)           x in all lanes
 //   Load, LoadN       16 floats; the first n (0 <= n <= 16) and zeros, touching no memory past them
 //   LoadBf16(N)       the same from bf16
+//   LoadI8(N)         the same from int8
 //   Store, StoreN     to memory of any alignment
 //   StoreI8           integral lanes in [-128, 127] as 16 bytes
 //   + - * /           rounded to nearest even
@@ -39,6 +40,12 @@ constexpr int kLanes = 16;
 //   ShiftExponent     the float whose bits are a's bits + (b's bits << 23)
 //   Sum(a)            lanes added pairwise: l and l + 8, then 4, 2, 1
 //   MaxLane(a)        the same with Max
+//   SwapLanes<d>(a)   lane l is a's lane l ^ d, d of 1, 2, 4, 8
+//
+//   U32x16            sixteen 32-bit words
+//   LoadWords<b>(p)   each of b bytes (3 or 4), lowest byte first; of 3, the upper byte is
+//   unspecified a >> n            every word CodeValue<b>(a)   the lowest b bits (3 or 4) of each
+//   word as code - 2^(b-1) + 0.5
 
 #if defined(__AVX512F__)
 
@@ -90,6 +97,48 @@ inline F32x16 ShiftExponent(F32x16 a, F32x16 b) {
 }
 inline __m256 LowHalf(F32x16 a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 HighHalf(F32x16 a) { return _mm512_extractf32x8_ps(a.v, 1); }
+
+inline F32x16 WidenI8(__m128i x) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))}; }
+inline F32x16 LoadI8(const int8_t* p) {
+  return WidenI8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F32x16 LoadI8N(const int8_t* p, int64_t n) {
+  return WidenI8(_mm_maskz_loadu_epi8(FirstMask(n), p));
+}
+template <int kDistance>
+inline F32x16 SwapLanes(F32x16 a) {
+  if constexpr (kDistance == 8) return {_mm512_shuffle_f32x4(a.v, a.v, _MM_SHUFFLE(1, 0, 3, 2))};
+  if constexpr (kDistance == 4) return {_mm512_shuffle_f32x4(a.v, a.v, _MM_SHUFFLE(2, 3, 0, 1))};
+  if constexpr (kDistance == 2) return {_mm512_permute_ps(a.v, _MM_SHUFFLE(1, 0, 3, 2))};
+  if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, _MM_SHUFFLE(2, 3, 0, 1))};
+}
+
+struct U32x16 {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  Words v;
+};
+template <int kBytes>
+inline U32x16 LoadWords(const uint8_t* p) {
+  if constexpr (kBytes == 4) return {reinterpret_cast<U32x16::Words>(_mm512_loadu_si512(p))};
+  // Twelve bytes to each quarter, then three of them to each word.
+  const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+  const __m512i spread =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  const __m512i bytes = _mm512_maskz_loadu_epi32(0x0fff, p);
+  return {reinterpret_cast<U32x16::Words>(
+      _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, bytes), spread))};
+}
+inline U32x16 operator>>(U32x16 a, int n) { return {a.v >> n}; }
+// A table look-up, which reads four bits of each word: for 3, what the fourth is does not matter.
+template <int kBits>
+inline F32x16 CodeValue(U32x16 a) {
+  constexpr float kHigh = kBits == 4 ? 8.0f : 0.0f;  // of entries 8 .. 15 over 0 .. 7
+  constexpr float kLow = 0.5f - (1 << (kBits - 1));
+  const __m512 ramp = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, kHigh, kHigh + 1, kHigh + 2, kHigh + 3,
+                                     kHigh + 4, kHigh + 5, kHigh + 6, kHigh + 7);
+  const __m512 table = _mm512_add_ps(ramp, _mm512_set1_ps(kLow));
+  return {_mm512_permutexvar_ps(reinterpret_cast<__m512i>(a.v), table)};
+}
 
 #elif defined(__AVX2__)
 
@@ -178,6 +227,61 @@ inline F32x16 ShiftExponent(F32x16 a, F32x16 b) {
 }
 inline __m256 LowHalf(F32x16 a) { return a.lo; }
 inline __m256 HighHalf(F32x16 a) { return a.hi; }
+
+inline F32x16 LoadI8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline F32x16 LoadI8N(const int8_t* p, int64_t n) {
+  if (n == kLanes) return LoadI8(p);
+  int8_t padded[kLanes] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n));
+  return LoadI8(padded);
+}
+template <int kDistance>
+inline F32x16 SwapLanes(F32x16 a) {
+  if constexpr (kDistance == 8) return {a.hi, a.lo};
+  if constexpr (kDistance == 4) {
+    return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  }
+  constexpr int kOrder = kDistance == 2 ? _MM_SHUFFLE(1, 0, 3, 2) : _MM_SHUFFLE(2, 3, 0, 1);
+  return {_mm256_permute_ps(a.lo, kOrder), _mm256_permute_ps(a.hi, kOrder)};
+}
+
+struct U32x16 {
+  __m256i lo, hi;
+};
+// Eight words of three bytes: twelve bytes to each half, then three of them to each word.
+inline __m256i LoadWords3(const uint8_t* p) {
+  const __m256i spread = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,  //
+                                          4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1);
+  const __m128i* low = reinterpret_cast<const __m128i*>(p);
+  const __m128i* high = reinterpret_cast<const __m128i*>(p + 8);  // no byte past the last word
+  return _mm256_shuffle_epi8(_mm256_set_m128i(_mm_loadu_si128(high), _mm_loadu_si128(low)), spread);
+}
+template <int kBytes>
+inline U32x16 LoadWords(const uint8_t* p) {
+  if constexpr (kBytes == 3) return {LoadWords3(p), LoadWords3(p + 24)};
+  const __m256i* half = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
+}
+inline U32x16 operator>>(U32x16 a, int n) {
+  return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+}
+template <int kBits>
+inline __m256 CodeValue(__m256i a) {
+  if constexpr (kBits == 3) {  // a table look-up, which reads three bits
+    const __m256 table = _mm256_setr_ps(-3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f);
+    return _mm256_permutevar8x32_ps(table, a);
+  }
+  const __m256i code = _mm256_and_si256(a, _mm256_set1_epi32(15));
+  return _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(-7.5f));
+}
+template <int kBits>
+inline F32x16 CodeValue(U32x16 a) {
+  return {CodeValue<kBits>(a.lo), CodeValue<kBits>(a.hi)};
+}
 
 #else  // any x86-64
 
@@ -272,6 +376,37 @@ inline float MaxLane(const F32x16& a) {
   return Fold(a, [](float x, float y) { return x > y ? x : y; });
 }
 
+inline F32x16 LoadI8N(const int8_t* p, int64_t n) {
+  return EachLane([=](int l) { return l < n ? static_cast<float>(p[l]) : 0.0f; });
+}
+inline F32x16 LoadI8(const int8_t* p) { return LoadI8N(p, kLanes); }
+template <int kDistance>
+inline F32x16 SwapLanes(const F32x16& a) {
+  return EachLane([&](int l) { return a.v[l ^ kDistance]; });
+}
+
+struct U32x16 {
+  uint32_t v[kLanes];
+};
+template <int kBytes>
+inline U32x16 LoadWords(const uint8_t* p) {
+  U32x16 words = {};
+  for (int l = 0; l < kLanes; ++l) std::memcpy(&words.v[l], p + l * kBytes, kBytes);
+  return words;
+}
+inline U32x16 operator>>(const U32x16& a, int n) {
+  U32x16 words;
+  for (int l = 0; l < kLanes; ++l) words.v[l] = a.v[l] >> n;
+  return words;
+}
+template <int kBits>
+inline F32x16 CodeValue(const U32x16& a) {
+  constexpr float kLow = 0.5f - (1 << (kBits - 1));
+  return EachLane([&](int l) {
+    return static_cast<float>(static_cast<int>(a.v[l] & ((1 << kBits) - 1))) + kLow;
+  });
+}
+
 #endif
 
 #if defined(__AVX2__)
@@ -304,6 +439,12 @@ constexpr float kRoundMagic = 12582912.0f;
 
 // |a| <= 2^22.
 inline F32x16 Round(const F32x16& a) { return (a + Set1(kRoundMagic)) - Set1(kRoundMagic); }
+
+// |a| <= 2^22.
+inline F32x16 Floor(const F32x16& a) {
+  const F32x16 nearest = Round(a);
+  return IfLess(a, nearest, nearest - Set1(1.0f), nearest);
+}
 
 // e^x within about 1.5 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln(2)
 // / 2. 0 below -87.33, where floats begin to lose bits (so for -inf); 2.4e38 above 88.37; NaN stays

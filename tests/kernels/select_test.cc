@@ -26,6 +26,7 @@ TEST(Select, EveryAvailableNameHasAFullTable) {
     EXPECT_NE(kernels->embed, nullptr);
     EXPECT_NE(kernels->glu, nullptr);
     EXPECT_NE(kernels->rope, nullptr);
+    EXPECT_NE(kernels->hadamard, nullptr);
     EXPECT_NE(kernels->kv_store, nullptr);
     EXPECT_NE(kernels->attention, nullptr);
     EXPECT_NE(kernels->gate_top_k, nullptr);

@@ -313,6 +313,8 @@ const Case kCases[] = {
     {"DimensionIsText", Config("hidden_size", "256"), {"hidden_size"}},
     {"ManyLayers", Config("num_hidden_layers", 4000), {"model.layers.4"}},
     {"LargeVocabulary", Config("vocab_size", 4000000), {"embed_tokens"}},
+    {"ActivationBits", Config("act_bits", 6), {"act_bits 6"}},
+    {"KvBits", Config("kv_bits", 5), {"kv_bits 5"}},
     {"OtherDimension", Config("hidden_size", 128), {"model."}},
     {"UnknownModelType", Config("model_type", "gpt2"), {"model_type", "gpt2"}},
     {"MoreExpertsThanTheCheckpoint", Config("num_experts", 17), {"experts"}},
@@ -363,6 +365,14 @@ const Case kCases[] = {
     {"FlagOutOfRange", Flags({"--threads", "-1"}), {"--threads"}},
     {"NotANumber", Flags({"--seed", "x"}), {"--seed"}},
     {"UnknownWire", Flags({"--wire-combine", "fp7"}), {"--wire-combine"}},
+    {"UnknownKv", Flags({"--kv", "int2"}), {"--kv"}},
+    {"KvThatRotatesOddHeads",
+     [](auto& place) -> Strings {
+       place.EditConfig([](Json& config) { config["head_dim"] = 48; });
+       return {"run", "--model", place.model(), "--prompt", "x", "--kv", "int3"};
+     },
+     {"int3", "power of two", "48"}},
+    {"DispatchBelowTheActivations", Flags({"--wire-dispatch", "int4"}), {"int4 dispatch"}},
     {"HugeKv", Flags({"--kv-tokens", "1099511627776"}), {"KV"}},
     {"NcclTransport", Flags({"--transport", "nccl"}), {"NCCL"}},
 #ifndef TERNION_HAS_CUDA

@@ -194,11 +194,40 @@ TEST(Config, WhatTheRuntimeDoesNotDoIsRefused) {
                         {"use_sliding_window", true},
                         {"mlp_only_layers", {0}},
                         {"decoder_sparse_step", 2},
-                        {"hidden_act", "gelu"},
-                        {"act_bits", 4},
-                        {"kv_bits", 3}};
+                        {"hidden_act", "gelu"}};
   for (const Case& c : cases) {
     EXPECT_TRUE(IsError(ErrorWith(MoeConfig(), c.key, c.value), kUnimplemented, c.key)) << c.value;
+  }
+}
+
+TEST(Config, PrecisionsOfActivationsAndCache) {
+  for (const int act_bits : {8, 4}) {
+    for (const int kv_bits : {16, 8, 4, 3}) {
+      Json json = MoeConfig();
+      json["act_bits"] = act_bits;
+      json["kv_bits"] = kv_bits;
+      const auto config = Parse(json);
+      ASSERT_TRUE(config.ok()) << config.status();
+      EXPECT_EQ(config->act_bits, act_bits);
+      EXPECT_EQ(config->kv_bits, kv_bits);
+    }
+  }
+  const auto plain = Parse(DenseConfig());  // neither is given
+  EXPECT_EQ(plain->act_bits, 8);
+  EXPECT_EQ(plain->kv_bits, 16);
+  for (const int bits : {1, 2, 3, 5, 7, 16, 32}) {
+    EXPECT_TRUE(IsError(ErrorWith(MoeConfig(), "act_bits", bits), kUnimplemented, "act_bits"));
+  }
+  for (const int bits : {1, 2, 5, 7, 32}) {
+    EXPECT_TRUE(IsError(ErrorWith(MoeConfig(), "kv_bits", bits), kUnimplemented, "kv_bits"));
+  }
+  for (const Json& json : {DenseConfig(), QwenConfig()}) {
+    EXPECT_TRUE(IsError(ErrorWith(json, "act_bits", 4), kUnimplemented, "act_bits 4"));
+  }
+  for (const char* key : {"act_bits", "kv_bits"}) {
+    for (const Json& value : std::vector<Json>{0, -4, 33, 4.0, "4", true}) {
+      EXPECT_TRUE(IsInvalid(ErrorWith(MoeConfig(), key, value), key)) << value;
+    }
   }
 }
 
