@@ -31,8 +31,8 @@ struct Rung {
   KvFormat kv;
 };
 
-// The exact wire first: the reference. Then each dispatch alone; then each combine with each KV
-// cache, at the model's own dispatch.
+// The exact wire first: the reference. Then the other dispatches, exact otherwise; then each combine
+// with each KV cache, at the model's own dispatch.
 std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, KvFormat own_kv) {
   const RowFormat formats[] = {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kInt8,
                                RowFormat::kInt4};
@@ -44,12 +44,11 @@ std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, KvFormat own_kv)
     if (runtime::CheckPrecisions(config, options).ok()) rungs.push_back({wire, kv});
   };
   add({own_dispatch, RowFormat::kFp32, /*exact=*/true}, own_kv);
-  for (RowFormat dispatch : formats) add({dispatch, RowFormat::kFp32}, own_kv);
+  for (RowFormat dispatch : formats) {
+    if (dispatch != own_dispatch) add({dispatch, RowFormat::kFp32, /*exact=*/true}, own_kv);
+  }
   for (KvFormat kv : caches) {
-    for (RowFormat combine : formats) {
-      const bool seen = kv == own_kv && combine == RowFormat::kFp32;
-      if (!seen) add({own_dispatch, combine}, kv);
-    }
+    for (RowFormat combine : formats) add({own_dispatch, combine}, kv);
   }
   return rungs;
 }
@@ -242,7 +241,8 @@ absl::Status Ladder::GatherResults() {
   for (RungResult& result : results_) {
     TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> parts,
                              comm::Gather(world_.transport(), result.Serialize()));
-    RungResult all{.nll = result.nll};
+    RungResult all;
+    all.nll = result.nll;
     for (const std::string& part : parts) TERNION_RETURN_IF_ERROR(all.Add(part));
     result = std::move(all);
   }

@@ -38,6 +38,7 @@ class GoldenModel:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.kv_bits = kv_bits or self.config.kv_bits
+        self.zeros: dict[str, tuple[int, int]] = {}  # projection -> needless terms, all terms
         # Few bits that training did not see: turned so that no element stands out.
         self.rotates = self.kv_bits <= 4 and self.config.kv_bits == 16
         self.gate_margin = (
@@ -90,6 +91,10 @@ class GoldenModel:
             self._watch_code(tie_margin(inner if self.kv_bits == 8 else inner + 0.5))
         return cached(x, self.kv_bits)
 
+    def _count_zeros(self, projection: str, values: Tensor) -> None:
+        zeros, total = self.zeros.get(projection, (0, 0))
+        self.zeros[projection] = (zeros + int((values == 0).sum()), total + values.numel())
+
     def _watch_code(self, margin: float) -> None:
         self.code_margin = min(self.code_margin, margin)
 
@@ -103,6 +108,7 @@ class GoldenModel:
         """Causal grouped-query attention of normed rows x [T, hidden]."""
         config, prefix = self.config, prefix + "self_attn."
         rows = self._quantize(x, config.act_bits)
+        self._count_zeros("qkv", rows[0])
         q = self._project_heads(prefix + "q_proj", rows, config.num_attention_heads)
         k = self._project_heads(prefix + "k_proj", rows, config.num_key_value_heads)
         v = self._project_heads(prefix + "v_proj", rows, config.num_key_value_heads)
@@ -125,7 +131,9 @@ class GoldenModel:
         if config.act_bits == 4:
             self._watch_code(half_margin(y))
             y = top_half(y)
-        return self.checkpoint.linear(prefix + "o_proj", config.hidden_size)(self._quantize(y))
+        rows = self._quantize(y)
+        self._count_zeros("out", rows[0])
+        return self.checkpoint.linear(prefix + "o_proj", config.hidden_size)(rows)
 
     def _feed_forward(self, prefix: str, x: Tensor) -> Tensor:
         config, prefix = self.config, prefix + "mlp."
@@ -147,12 +155,15 @@ class GoldenModel:
         """One gated MLP. rows: codes and scales of [n, hidden] -> [n, hidden]"""
         gate = self.checkpoint.linear(prefix + "gate_proj", inner_size)
         up = self.checkpoint.linear(prefix + "up_proj", inner_size)
-        inner = activation(self.config.hidden_act, gate(rows)) * up(rows)
+        live = activation(self.config.hidden_act, gate(rows))
+        inner = live * up(rows)
         if self.config.has_sub_norms:
             inner = self._norm(sub_norm, inner)
-        return self.checkpoint.linear(prefix + "down_proj", self.config.hidden_size)(
-            self._quantize(inner)
-        )
+        inner_rows = self._quantize(inner)
+        self._count_zeros("gate", rows[0])
+        self._count_zeros("up", live)
+        self._count_zeros("down", inner_rows[0])
+        return self.checkpoint.linear(prefix + "down_proj", self.config.hidden_size)(inner_rows)
 
     def _experts(self, prefix: str, x: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
         """Routed experts, summed in ascending id. The gate reads x, the experts its codes."""
