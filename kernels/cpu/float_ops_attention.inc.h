@@ -18,21 +18,6 @@ constexpr int kSumTile = 16;
 constexpr int kSumTile = 4;
 #endif
 
-template <KvFormat kFormat>
-constexpr int kBitsOf = kFormat == KvFormat::kBf16   ? 16
-                        : kFormat == KvFormat::kInt8 ? 8
-                        : kFormat == KvFormat::kInt4 ? 4
-                                                     : 3;
-// Whether codes lie in words of eight (kernels/kv_page.h).
-template <KvFormat kFormat>
-constexpr bool kPacked = kBitsOf<kFormat> < 8;
-constexpr int kWordCodes = 8;
-// Bytes of sixteen words, and of all tokens' values of 16 elements.
-template <KvFormat kFormat>
-constexpr int64_t kWordsBytes = int64_t{kLanes} * kBitsOf<kFormat>;
-template <KvFormat kFormat>
-constexpr int64_t kBlockBytes = kPageTokens / kWordCodes* kWordsBytes<kFormat>;
-
 // One KV head's share of a page, and how many of its tokens the row may see.
 struct PageView {
   const uint8_t* keys;

@@ -26,5 +26,21 @@ inline int64_t MinUnits(int64_t work) {
   return kMinWork / (work + 1) + 1;
 }
 
+// How codes of a KV page lie (kernels/kv_page.h).
+template <KvFormat kFormat>
+constexpr int kBitsOf = kFormat == KvFormat::kBf16   ? 16
+                        : kFormat == KvFormat::kInt8 ? 8
+                        : kFormat == KvFormat::kInt4 ? 4
+                                                     : 3;
+// Whether in words of eight.
+template <KvFormat kFormat>
+constexpr bool kPacked = kBitsOf<kFormat> < 8;
+constexpr int kWordCodes = 8;
+// Bytes of sixteen words, and of all tokens' values of 16 elements.
+template <KvFormat kFormat>
+constexpr int64_t kWordsBytes = int64_t{kLanes} * kBitsOf<kFormat>;
+template <KvFormat kFormat>
+constexpr int64_t kBlockBytes = kPageTokens / kWordCodes* kWordsBytes<kFormat>;
+
 }  // namespace
 }  // namespace ternion::kernels

@@ -107,34 +107,37 @@ inline void StoreValuesBf16(const HeadSlot& at, const float* x) {
   for (int64_t d = 0; d < at.head_dim; ++d) values[d] = ToBf16(x[d]);
 }
 
-template <int kBits>
+template <KvFormat kFormat>
 inline float StoreKeyCodes(const HeadSlot& at, const float* x) {
+  constexpr int kBits = kBitsOf<kFormat>;
   const int dim = static_cast<int>(at.head_dim);
-  if constexpr (kBits == 8) {
+  if constexpr (!kPacked<kFormat>) {
     int8_t* keys = static_cast<int8_t*>(at.page.keys) + at.head * dim * kPageTokens + at.slot;
     return QuantizeHead<8>(x, dim, [&](int64_t d, int8_t code) { keys[d * kPageTokens] = code; });
   } else {
     uint8_t* words =
         static_cast<uint8_t*>(at.page.keys) + (at.head * dim * kLanes + at.slot % kLanes) * kBits;
     return QuantizeHead<kBits>(x, dim, [&](int64_t d, int8_t code) {
-      SetCode<kBits>(words + d * kLanes * kBits, at.slot / kLanes, code);
+      SetCode<kBits>(words + d * kWordsBytes<kFormat>, at.slot / kLanes, code);
     });
   }
 }
 
-template <int kBits>
+template <KvFormat kFormat>
 inline float StoreValueCodes(const HeadSlot& at, const float* x) {
+  constexpr int kBits = kBitsOf<kFormat>;
   const int dim = static_cast<int>(at.head_dim);
-  if constexpr (kBits == 8) {
+  if constexpr (!kPacked<kFormat>) {
     int8_t* values = static_cast<int8_t*>(at.page.values) + (at.head * kPageTokens + at.slot) * dim;
     return QuantizeHead<8>(x, dim, [&](int64_t d, int8_t code) { values[d] = code; });
   } else {
-    constexpr int64_t kBlockBytes = int64_t{kPageTokens} / 8 * kLanes * kBits;
     const int64_t blocks = base::CeilDiv(dim, kLanes);
-    uint8_t* words = static_cast<uint8_t*>(at.page.values) + at.head * blocks * kBlockBytes +
-                     at.slot / 8 * kLanes * kBits;
+    uint8_t* words = static_cast<uint8_t*>(at.page.values) +
+                     at.head * blocks * kBlockBytes<kFormat> +
+                     at.slot / kWordCodes * kWordsBytes<kFormat>;
     return QuantizeHead<kBits>(x, dim, [&](int64_t d, int8_t code) {
-      SetCode<kBits>(words + d / kLanes * kBlockBytes + d % kLanes * kBits, at.slot % 8, code);
+      SetCode<kBits>(words + d / kLanes * kBlockBytes<kFormat> + d % kLanes * kBits,
+                     at.slot % kWordCodes, code);
     });
   }
 }
@@ -142,7 +145,6 @@ inline float StoreValueCodes(const HeadSlot& at, const float* x) {
 // Vectors of a row: the keys of each KV head, then the values of each.
 template <KvFormat kFormat>
 void StoreVector(const KvStoreArgs& args, int64_t row, int64_t vector) {
-  constexpr int kBits = kFormat == KvFormat::kInt8 ? 8 : kFormat == KvFormat::kInt4 ? 4 : 3;
   const bool is_key = vector < args.kv_heads;
   const int64_t head = is_key ? vector : vector - args.kv_heads;
   const int64_t position = args.positions[row];
@@ -154,7 +156,7 @@ void StoreVector(const KvStoreArgs& args, int64_t row, int64_t vector) {
   } else {
     float& scale = (is_key ? page.key_scales : page.value_scales)[head * kPageTokens + at.slot];
     if (position != 0) {
-      scale = is_key ? StoreKeyCodes<kBits>(at, x) : StoreValueCodes<kBits>(at, x);
+      scale = is_key ? StoreKeyCodes<kFormat>(at, x) : StoreValueCodes<kFormat>(at, x);
       return;
     }
     uint16_t* first = page.first + vector * args.head_dim;
@@ -166,7 +168,7 @@ void StoreVector(const KvStoreArgs& args, int64_t row, int64_t vector) {
 template <KvFormat kFormat>
 void KvStoreAs(const KvStoreArgs& args, Executor& executor) {
   // Tokens of one sequence share words at int4 and int3, so that a vector's rows stay together.
-  constexpr bool kByVector = kFormat == KvFormat::kInt4 || kFormat == KvFormat::kInt3;
+  constexpr bool kByVector = kPacked<kFormat>;
   const int64_t vectors = int64_t{2} * args.kv_heads;
   const int64_t outer = kByVector ? vectors : args.num_rows;
   const int64_t inner = kByVector ? args.num_rows : vectors;

@@ -76,6 +76,7 @@ TEST_F(Command, RunReport) {
   EXPECT_TRUE(prompt["finish_reason"] == "stop" || prompt["finish_reason"] == "length");
   EXPECT_EQ(prompt["finish_reason"] == "length", prompt["token_ids"].size() == 9u);
   EXPECT_EQ(report["wire"], (Json{{"dispatch", "int8"}, {"combine", "bf16"}, {"exact", false}}));
+  EXPECT_EQ(report["kv"], "bf16");
   for (const char* phase : {"dispatch", "combine"}) {
     const Json& traffic = report["traffic"][phase];
     ExpectCounts(traffic);
