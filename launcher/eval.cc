@@ -123,7 +123,8 @@ absl::Status Evaluation::Finish() {
                                    {"bits_per_byte", bits_per_byte},
                                    {"perplexity", perplexity},
                                    {"ranks", engine_.num_ranks()},
-                                   {"wire", WireJson(engine_.wire())}});
+                                   {"wire", WireJson(engine_.wire())},
+                                   {"kv", kernels::KvFormatName(engine_.kv_format())}});
 }
 
 }  // namespace
