@@ -41,6 +41,7 @@ struct ModelConfig {
   int64_t expert_intermediate = 0;
   int64_t shared_intermediate = 0;  // of the shared expert; 0: none
   bool renormalize = false;         // norm_topk_prob
+  int act_bits = 8;                 // 8 (b1.58) or 4 (a4.8: NUMERICS.md)
 
   QuantizationConfig quantization;
   int32_t bos_id = -1;           // put before every text; -1: the family's texts start without

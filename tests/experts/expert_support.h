@@ -23,7 +23,7 @@ inline kernels::OwnedTernaryMatrix RandomTernary(int64_t rows, int64_t columns,
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random() % 3) - 1;
   const float scale = 0.5f + static_cast<float>(random() % 1000) / 1000.0f;
   kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale);
-  kernels::PackTernary(weights.data(), 0, rows, columns, matrix.codes.data());
+  kernels::PackTernary(weights.data(), 0, rows, matrix);
   return matrix;
 }
 
