@@ -179,7 +179,7 @@ struct Vec256 {
   static constexpr int kBytes = 32;
   static constexpr int64_t kMaxSums = Instr::kMaxSums;
   static constexpr int kColumnRegisters = 8;
-  static constexpr int kLineSums = 2;
+  static constexpr int kMaxLineSums = 2;
   static constexpr int64_t kMaxSparseRows = 4;
   static_assert(kStretchQuads <= kMaxSums);
 
@@ -195,6 +195,11 @@ struct Vec256 {
   static Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
   static Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
   static Int Add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int Sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static Int Splat(int32_t x) { return _mm256_set1_epi32(x); }
+  static Int Scale(Int a, float scale) {
+    return _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps(scale)));
+  }
   template <int kShift>
   static Int Srli(Int a) {
     return _mm256_srli_epi16(a, kShift);
@@ -212,9 +217,15 @@ struct Vec256 {
   static Int UnpackLo64(Int a, Int b) { return _mm256_unpacklo_epi64(a, b); }
   static Int UnpackHi64(Int a, Int b) { return _mm256_unpackhi_epi64(a, b); }
 
-  static Int Field(Int v, int f) { return Micro256<Instr>::Field(v, f); }
+  template <int>
+  static Int Field(Int v, int f) {
+    return Micro256<Instr>::Field(v, f);
+  }
   static void Dot(Int& sum, Int codes, Int x) { sum = Instr::Add(sum, codes, x); }
-  static Int Total(Int sum, int) { return Instr::Widen(sum); }
+  template <int>
+  static Int Total(Int sum, int) {
+    return Instr::Widen(sum);
+  }
   static void AddTo(int32_t* sums, Int v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), Add(Load(sums), v));
   }

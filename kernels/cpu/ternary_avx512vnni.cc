@@ -169,7 +169,7 @@ struct Vec {
   static constexpr int kBytes = 64;
   static constexpr int64_t kMaxSums = int64_t{1} << 30;
   static constexpr int kColumnRegisters = 16;
-  static constexpr int kLineSums = 4;
+  static constexpr int kMaxLineSums = 4;
   static constexpr int64_t kMaxSparseRows = 4;
 
   static Int Zero() { return _mm512_setzero_si512(); }
@@ -178,6 +178,7 @@ struct Vec {
   static Int Broadcast(const int8_t* x) {
     return _mm512_set1_epi32(reinterpret_cast<const Dword*>(x)->value);
   }
+  // 128-bit lanes, `stride` bytes apart.
   static void StoreLanes(Int v, uint8_t* out, int64_t stride) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm512_extracti32x4_epi32(v, 1));
@@ -188,6 +189,11 @@ struct Vec {
   static Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
   static Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
   static Int Add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int Sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static Int Splat(int32_t x) { return _mm512_set1_epi32(x); }
+  static Int Scale(Int a, float scale) {
+    return _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(scale)));
+  }
   template <int kShift>
   static Int Srli(Int a) {
     return _mm512_srli_epi16(a, kShift);
@@ -205,11 +211,17 @@ struct Vec {
   static Int UnpackLo64(Int a, Int b) { return _mm512_unpacklo_epi64(a, b); }
   static Int UnpackHi64(Int a, Int b) { return _mm512_unpackhi_epi64(a, b); }
 
-  static Int Field(Int v, int f) { return avx512vnni::Field<kFields>(v, f); }
+  template <int kPlaces>
+  static Int Field(Int v, int f) {
+    return avx512vnni::Field<kPlaces>(v, f);
+  }
   static void Dot(Int& sum, Int codes, Int x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));  // see AddDot
   }
-  static Int Total(Int sum, int f) { return _mm512_srai_epi32(sum, 2 * f); }
+  template <int kPlaces>
+  static Int Total(Int sum, int f) {
+    return _mm512_srai_epi32(sum, 2 * (f % kPlaces));
+  }
   static void AddTo(int32_t* sums, Int v) {
     _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), v));
   }

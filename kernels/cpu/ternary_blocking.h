@@ -100,28 +100,31 @@ static inline void InterleaveRows(const int8_t* x, int64_t x_stride, int64_t num
   });
 }
 
+// How StreamPanels and TilePanels get at blocks of a panel (packed): here they lie in memory.
+// Panels are asked for in ascending order, all with the same blocks, before the next blocks are.
+struct PanelBlocks {
+  // Scratch that Get needs when asked for all blocks of panels.
+  static constexpr int64_t ScratchSize(int64_t) { return 0; }
+  static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin, int64_t,
+                            uint8_t*) {
+    return run.codes + panel * run.stride_bytes + block_begin * kBlockSize;
+  }
+};
+
 // Few rows: every panel is read once from memory; further pieces of rows find it in L1 or L2.
-template <typename Micro>
+template <typename Micro, typename Blocks>
 static void StreamPanels(const TernaryRun& run) {
-  int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
+  uint8_t* const converted = run.scratch;
+  int8_t* const x = reinterpret_cast<int8_t*>(converted + Blocks::ScratchSize(run.num_blocks));
   InterleaveRows(run.x, run.x_stride, run.num_rows, Micro::kStreamRows, run.num_blocks, x);
   for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
-    const uint8_t* codes = run.codes + panel * run.stride_bytes;
+    const uint8_t* codes = Blocks::Get(run, panel, 0, run.num_blocks, converted);
     ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
       Micro::Stream({codes, x + begin * run.num_blocks * kBlockInputs, run.num_blocks,
                      Outputs(run, panel, begin, end)});
     });
   }
 }
-
-// How TilePanels gets at blocks of a panel (packed): here they lie in memory. Panels are asked for
-// in ascending order, all with the same blocks, before the next blocks are.
-struct PanelBlocks {
-  static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin, int64_t,
-                            uint8_t*) {
-    return run.codes + panel * run.stride_bytes + block_begin * kBlockSize;
-  }
-};
 
 // Rows [row_begin, row_end) times the blocks [block_begin, block_end) of all panels.
 template <typename Micro, typename Blocks>
@@ -154,13 +157,14 @@ static void TilePanels(const TernaryRun& run) {
   });
 }
 
-template <typename Micro>
+template <typename Micro, typename Blocks = PanelBlocks>
 static void RunPanelsWith(const TernaryRun& run) {
-  const bool rows_fit = run.num_rows * run.num_blocks * kBlockInputs <= kScratchSize;
-  if (run.num_rows <= Micro::kMaxStreamedRows && rows_fit) {
-    StreamPanels<Micro>(run);
+  const int64_t x_size = run.num_rows * run.num_blocks * kBlockInputs;
+  const bool fits = x_size + Blocks::ScratchSize(run.num_blocks) <= kScratchSize;
+  if (run.num_rows <= Micro::kMaxStreamedRows && fits) {
+    StreamPanels<Micro, Blocks>(run);
   } else {
-    TilePanels<Micro, PanelBlocks>(run);
+    TilePanels<Micro, Blocks>(run);
   }
 }
 

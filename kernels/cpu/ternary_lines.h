@@ -3,12 +3,12 @@
 // first, 16 at a time. Vec is a vector of 2 or 4 lanes of 128 bits and how the variant multiplies
 // with it, a type of internal linkage of one ternary_<variant>.cc:
 //
-//   Field(v, f)          2-bit field f of every byte, worth 4^Place(f)
+//   Field<k>(v, f)       2-bit field f of every byte, worth 4^(f % k) when fields may stay in place
 //   Dot(sum, codes, x)   sum += four codes times four activations, in every dword
 //   kMaxSums             so many Dots fit into a sum
-//   Total(sum, f)        int32 lanes, worth 1 again
+//   Total<k>(sum, f)     int32 lanes of a sum over fields f, worth 1 again
 //   kColumnRegisters     sums that AddColumns may hold in registers
-//   kLineSums            sums per line that AddLines holds; field f goes to sum f % kLineSums
+//   kMaxLineSums         sums per line in long lines
 //   kMaxSparseRows       with more rows than this, panels are faster
 //
 // Included by files compiled for one instruction set: no std::, nothing inline from other headers.
@@ -54,9 +54,25 @@ static inline void InterleaveBytes(const typename Vec::Int line[4], typename Vec
   out[3] = Vec::UnpackHi16(high01, high23);
 }
 
+// Four lines' 64 bytes or less, and a hint that those `ahead` of them come next.
+template <typename Vec>
+static inline void LoadLines(const uint8_t* line, int64_t stride, int64_t ahead,
+                             typename Vec::Int out[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, line += stride) {
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
+    out[i] = Vec::Load(line);
+  }
+}
+
 // Blocks of panel `panel`, columns from 16 * block_begin on, from 16 lines of outputs.
 template <typename Vec>
 struct RowBlocks {
+  static constexpr int64_t ScratchSize(int64_t num_blocks) {
+    constexpr int64_t kBlocks = Vec::kBytes / 4;  // in a vector
+    return (num_blocks + kBlocks - 1) / kBlocks * kBlocks * kBlockSize;
+  }
+
   static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin,
                             int64_t num_blocks, uint8_t* scratch) {
     constexpr int64_t kBlocks = Vec::kBytes / 4;  // in a vector
@@ -74,10 +90,10 @@ struct RowBlocks {
  private:
   // Four lines' dwords, side by side in every block.
   static void Transpose(const uint8_t* line, int64_t stride, uint8_t* out) {
-    const auto v0 = Vec::Load(line), v1 = Vec::Load(line + stride);
-    const auto v2 = Vec::Load(line + 2 * stride), v3 = Vec::Load(line + 3 * stride);
-    const auto low01 = Vec::UnpackLo32(v0, v1), low23 = Vec::UnpackLo32(v2, v3);
-    const auto high01 = Vec::UnpackHi32(v0, v1), high23 = Vec::UnpackHi32(v2, v3);
+    typename Vec::Int v[4];
+    LoadLines<Vec>(line, stride, kPanelOutputs * stride, v);
+    const auto low01 = Vec::UnpackLo32(v[0], v[1]), low23 = Vec::UnpackLo32(v[2], v[3]);
+    const auto high01 = Vec::UnpackHi32(v[0], v[1]), high23 = Vec::UnpackHi32(v[2], v[3]);
     constexpr int64_t kStep = 4 * kBlockSize;
     Vec::StoreLanes(Vec::UnpackLo64(low01, low23), out, kStep);
     Vec::StoreLanes(Vec::UnpackHi64(low01, low23), out + kBlockSize, kStep);
@@ -89,6 +105,10 @@ struct RowBlocks {
 // The same from lines of inputs: 16 panels share a line, and are made together.
 template <typename Vec>
 struct ColumnBlocks {
+  static constexpr int64_t ScratchSize(int64_t num_blocks) {
+    return kLinePanels * num_blocks * kBlockSize;
+  }
+
   static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin,
                             int64_t num_blocks, uint8_t* scratch) {
     const int64_t panel_size = num_blocks * kBlockSize;
@@ -108,9 +128,8 @@ struct ColumnBlocks {
     typename Vec::Int v[kNumFields][4];
 #pragma GCC unroll 4
     for (int f = 0; f < kNumFields; ++f, lines += 4 * stride) {
-      const typename Vec::Int line[4] = {Vec::Load(lines), Vec::Load(lines + stride),
-                                         Vec::Load(lines + 2 * stride),
-                                         Vec::Load(lines + 3 * stride)};
+      typename Vec::Int line[4];
+      LoadLines<Vec>(lines, stride, 64, line);
       InterleaveBytes<Vec>(line, v[f]);
     }
 #pragma GCC unroll 4
@@ -125,7 +144,7 @@ struct ColumnBlocks {
 // --- Inputs that are not 0
 
 // Pads lists of lines to whole steps of the loops that walk them, and those that prefetch.
-constexpr int64_t kListPad = 256;
+constexpr int64_t kListPad = 512;
 
 // Inputs that are not 0 in all rows, ascending, then kListPad times the last.
 template <typename Vec>
@@ -155,14 +174,38 @@ static inline void GatherInputs(const TernaryRun& run, const int32_t* list, int6
   }
 }
 
+// Walks the outputs' bytes of listed columns, one column after the other, ahead of the products:
+// memory is fastest when lines are fetched in their order.
+struct ColumnCursor {
+  const uint8_t* codes;
+  int64_t stride;
+  int64_t bytes;  // of each column
+  const int32_t* list = nullptr;
+  const uint8_t* at = nullptr;
+  const uint8_t* end = nullptr;
+
+  void Start(const int32_t* first) {
+    list = first;
+    at = codes + *list * stride;
+    end = at + bytes;
+  }
+  void FetchNext() {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    at += 64;
+    if (at >= end) Start(list + 1);
+  }
+};
+
 // sums [kRows][codes of a vector] += `num_quads` times four columns, at `codes`, times activations
 // x [num_quads, x_rows, 4]. Vectors first .. first + kVectors of the interleaved four.
 template <typename Vec, int kRows, int kFirst, int kVectors>
 __attribute__((noinline)) static void AddColumns(const uint8_t* codes, int64_t stride,
                                                  const int32_t* list, int64_t num_quads,
-                                                 int64_t prefetch, const int8_t* x, int64_t x_rows,
-                                                 int32_t* sums, int64_t sums_stride) {
+                                                 ColumnCursor& ahead, const int8_t* x,
+                                                 int64_t x_rows, int32_t* sums,
+                                                 int64_t sums_stride) {
   using Int = typename Vec::Int;
+  ColumnCursor cursor = ahead;
   Int sum[kRows][kVectors][kNumFields];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -175,23 +218,21 @@ __attribute__((noinline)) static void AddColumns(const uint8_t* codes, int64_t s
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       line[j] = Vec::Load(codes + list[j] * stride);
-      if (kFirst == 0) {
-        const uint8_t* ahead = codes + list[prefetch + j] * stride;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-      }
+      if (kFirst == 0 && j * Vec::kBytes % 64 == 0) cursor.FetchNext();
     }
     InterleaveBytes<Vec>(line, v);
 #pragma GCC unroll 4
     for (int q = 0; q < kVectors; ++q)
 #pragma GCC unroll 4
       for (int f = 0; f < kNumFields; ++f) {
-        const Int field = Vec::Field(v[kFirst + q], f);
+        const Int field = Vec::template Field<kNumFields>(v[kFirst + q], f);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           Vec::Dot(sum[r][q][f], field, Vec::Broadcast(x + 4 * r));
         }
       }
   }
+  ahead = cursor;
   constexpr int64_t kLanes = Vec::kBytes / 4;
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -200,27 +241,25 @@ __attribute__((noinline)) static void AddColumns(const uint8_t* codes, int64_t s
 #pragma GCC unroll 4
       for (int f = 0; f < kNumFields; ++f) {
         Vec::AddTo(sums + r * sums_stride + ((kFirst + q) * kNumFields + f) * kLanes,
-                   Vec::Total(sum[r][q][f], f));
+                   Vec::template Total<kNumFields>(sum[r][q][f], f));
       }
 }
 
-// Sums of the outputs whose codes are one vector of each line; in the order AddColumns leaves them:
+// Outputs from the sums of one vector of each line, in the order AddColumns leaves them:
 // [vector q][field f][lane L][i] is output 16 (4L + q) + 4f + i.
 template <typename Vec>
 static inline void StoreColumnSums(const int32_t* sums, const OutputTile& out) {
-  const __m128i x_sum = _mm_set1_epi32(out.x_sums[0]);
-  const __m128 scale = _mm_set1_ps(out.weight_scale * out.x_scales[0]);
-  for (int at = 0; at < out.num_outputs; at += 4) {  // at = 64 L + 16 q + 4 f
-    const int lane = at / 64, q = at / 16 % 4, f = at / 4 % 4;
-    const int32_t* from = sums + ((q * kNumFields + f) * (Vec::kBytes / 16) + lane) * 4;
-    const __m128i dot = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(dot, x_sum)), scale);
-    if (at + 4 <= out.num_outputs) {
-      _mm_storeu_ps(out.y + at, y);
-    } else {
-      for (int i = 0; at + i < out.num_outputs; ++i) out.y[at + i] = y[i];
-    }
+  constexpr int64_t kOutputs = 4 * Vec::kBytes;
+  const auto x_sum = Vec::Splat(out.x_sums[0]);
+  const float scale = out.weight_scale * out.x_scales[0];
+  float partial[kOutputs];
+  float* const y = out.num_outputs < kOutputs ? partial : out.y;
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * kNumFields; ++i) {  // i = 4q + f
+    const auto values = Vec::Scale(Vec::Sub(Vec::Load(sums + i * (kOutputs / 16)), x_sum), scale);
+    Vec::StoreLanes(values, reinterpret_cast<uint8_t*>(y + 4 * i), 64 * sizeof(float));
   }
+  if (y == partial) __builtin_memcpy(out.y, partial, sizeof(float) * out.num_outputs);
 }
 
 constexpr int64_t kMaxSumRows = 4;        // rows of activations at a time
@@ -245,15 +284,16 @@ static_assert(4 * kMaxSumRows * kChunkOutputs + 4 * (kMaxInputs + kListPad) +
 // One stretch of columns, one vector of their lines, all rows.
 template <typename Vec, int kRows, int kFirst = 0>
 static inline void AddStretch(const TernaryRun& run, const ColumnScratch& s, int64_t output,
-                              int64_t chunk, int64_t quad, int64_t num_quads, int64_t row) {
+                              int64_t chunk, int64_t quad, int64_t num_quads, int64_t row,
+                              ColumnCursor& ahead) {
   constexpr int kFit = Vec::kColumnRegisters / kNumFields / kRows;
   constexpr int kVectors = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
   if constexpr (kFirst < 4) {
     AddColumns<Vec, kRows, kFirst, kVectors>(
-        run.codes + output / 4, run.stride_bytes, s.list + 4 * quad, num_quads, 4 * kStretchQuads,
+        run.codes + output / 4, run.stride_bytes, s.list + 4 * quad, num_quads, ahead,
         s.x + 4 * (quad * run.num_rows + row), run.num_rows,
         s.sums + row * kChunkOutputs + output - chunk, kChunkOutputs);
-    AddStretch<Vec, kRows, kFirst + kVectors>(run, s, output, chunk, quad, num_quads, row);
+    AddStretch<Vec, kRows, kFirst + kVectors>(run, s, output, chunk, quad, num_quads, row, ahead);
   }
 }
 
@@ -263,6 +303,7 @@ static void RunColumnChunk(const TernaryRun& run, const ColumnScratch& s, int64_
                            int64_t chunk, int64_t chunk_end) {
   constexpr int64_t kOutputs = 4 * Vec::kBytes;
   const int64_t num_quads = (count + 3) / 4;
+  ColumnCursor ahead = {run.codes + chunk / 4, run.stride_bytes, (chunk_end - chunk + 3) / 4};
   for (int64_t r = 0; r < run.num_rows; ++r) {
     int32_t* sums = s.sums + r * kChunkOutputs;
     for (int64_t i = 0; i < (chunk_end - chunk + kOutputs - 1) / kOutputs * kOutputs; ++i)
@@ -270,13 +311,14 @@ static void RunColumnChunk(const TernaryRun& run, const ColumnScratch& s, int64_
   }
   for (int64_t quad = 0; quad < num_quads; quad += kStretchQuads) {
     const int64_t quads = Min(kStretchQuads, num_quads - quad);
+    ahead.Start(s.list + 4 * (quad + kStretchQuads));
     for (int64_t output = chunk; output < chunk_end; output += kOutputs) {
       for (int64_t row = 0; row < run.num_rows;) {
         if (Vec::kColumnRegisters >= 8 && row + 2 <= run.num_rows) {
-          AddStretch<Vec, 2>(run, s, output, chunk, quad, quads, row);
+          AddStretch<Vec, 2>(run, s, output, chunk, quad, quads, row, ahead);
           row += 2;
         } else {
-          AddStretch<Vec, 1>(run, s, output, chunk, quad, quads, row);
+          AddStretch<Vec, 1>(run, s, output, chunk, quad, quads, row, ahead);
           row += 1;
         }
       }
@@ -294,7 +336,7 @@ static void RunColumnChunk(const TernaryRun& run, const ColumnScratch& s, int64_
 
 template <typename Micro, typename Vec>
 static void RunColumnsWith(const TernaryRun& run) {
-  if (run.num_rows > Vec::kMaxSparseRows) return TilePanels<Micro, ColumnBlocks<Vec>>(run);
+  if (run.num_rows > Vec::kMaxSparseRows) return RunPanelsWith<Micro, ColumnBlocks<Vec>>(run);
   const ColumnScratch scratch(run.scratch);
   const int64_t count = ListInputs<Vec>(run, scratch.list);
   GatherInputs(run, scratch.list, count, scratch.x);
@@ -349,22 +391,23 @@ static inline void ArrangeInputs(const TernaryRun& run, int64_t row, int8_t* out
   }
 }
 
-// The dot products of four lines with one row of arranged activations.
-template <typename Vec>
+// The dot products of four lines with one row of arranged activations. Field f goes to sum f %
+// kSums.
+template <typename Vec, int kSums>
 static inline __m128i DotLines(const uint8_t* codes, int64_t stride, const int32_t* list,
                                const int8_t* x, bool prefetch) {
   using Int = typename Vec::Int;
-  constexpr int64_t kMaxBytes = Vec::kMaxSums / (kNumFields / Vec::kLineSums) * Vec::kBytes;
+  constexpr int64_t kMaxBytes = Vec::kMaxSums / (kNumFields / kSums) * Vec::kBytes;
   Int total[4] = {Vec::Zero(), Vec::Zero(), Vec::Zero(), Vec::Zero()};
   const uint8_t* const line[4] = {codes + list[0] * stride, codes + list[1] * stride,
                                   codes + list[2] * stride, codes + list[3] * stride};
   for (int64_t begin = 0; begin < stride; begin += kMaxBytes) {
     const int64_t end = Min(begin + kMaxBytes, stride);
-    Int sum[4][Vec::kLineSums];
+    Int sum[4][kSums];
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l)
 #pragma GCC unroll 4
-      for (int s = 0; s < Vec::kLineSums; ++s) sum[l][s] = Vec::Zero();
+      for (int s = 0; s < kSums; ++s) sum[l][s] = Vec::Zero();
     for (int64_t at = begin; at < end; at += Vec::kBytes, x += kNumFields * Vec::kBytes) {
       if (prefetch) {
 #pragma GCC unroll 4
@@ -379,28 +422,30 @@ static inline __m128i DotLines(const uint8_t* codes, int64_t stride, const int32
       for (int f = 0; f < kNumFields; ++f) {
         const Int four = Vec::Load(x + f * Vec::kBytes);
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) Vec::Dot(sum[l][f % Vec::kLineSums], Vec::Field(v[l], f), four);
+        for (int l = 0; l < 4; ++l)
+          Vec::Dot(sum[l][f % kSums], Vec::template Field<kSums>(v[l], f), four);
       }
     }
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l)
 #pragma GCC unroll 4
-      for (int s = 0; s < Vec::kLineSums; ++s) {
-        total[l] = Vec::Add(total[l], Vec::Total(sum[l][s], s));
+      for (int s = 0; s < kSums; ++s) {
+        total[l] = Vec::Add(total[l], Vec::template Total<kSums>(sum[l][s], s));
       }
   }
   return Vec::SumEach(total);
 }
 
 constexpr int64_t kListedOutputs = 65536;  // at a time
+constexpr int64_t kShortLine = 128;  // bytes; here adding several sums up costs more than it saves
 
-template <typename Vec>
+template <typename Vec, int kSums>
 static void RunListedRows(const TernaryRun& run, const int32_t* list, int64_t count,
                           const int8_t* x) {
   for (int64_t i = 0; i < count; i += 4) {
     for (int64_t r = 0; r < run.num_rows; ++r) {
-      const __m128i dot = DotLines<Vec>(run.codes, run.stride_bytes, list + i,
-                                        x + r * run.stride_bytes * kNumFields, r == 0);
+      const __m128i dot = DotLines<Vec, kSums>(run.codes, run.stride_bytes, list + i,
+                                               x + r * run.stride_bytes * kNumFields, r == 0);
       const __m128 scale = _mm_set1_ps(run.weight_scale * run.x_scales[r]);
       const __m128i x_sum = _mm_set1_epi32(run.x_sums[r]);
       const __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(dot, x_sum)), scale);
@@ -412,7 +457,7 @@ static void RunListedRows(const TernaryRun& run, const int32_t* list, int64_t co
 template <typename Micro, typename Vec>
 static void RunRowsWith(const TernaryRun& run) {
   if (run.gate == nullptr || run.num_rows > Vec::kMaxSparseRows) {
-    return TilePanels<Micro, RowBlocks<Vec>>(run);
+    return RunPanelsWith<Micro, RowBlocks<Vec>>(run);
   }
   int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
   int32_t* const list = reinterpret_cast<int32_t*>(run.scratch + kMaxSumRows * kMaxInputs);
@@ -422,7 +467,12 @@ static void RunRowsWith(const TernaryRun& run) {
   }
   for (int64_t o = 0; o < run.num_outputs; o += kListedOutputs) {
     const int64_t end = Min(o + kListedOutputs, run.num_outputs);
-    RunListedRows<Vec>(run, list, ListOutputs<Vec>(run, o, end, list), x);
+    const int64_t count = ListOutputs<Vec>(run, o, end, list);
+    if (run.stride_bytes <= kShortLine) {
+      RunListedRows<Vec, 1>(run, list, count, x);
+    } else {
+      RunListedRows<Vec, Vec::kMaxLineSums>(run, list, count, x);
+    }
   }
 }
 
