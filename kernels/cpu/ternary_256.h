@@ -178,9 +178,8 @@ struct Vec256 {
   using Int = __m256i;
   static constexpr int kBytes = 32;
   static constexpr int64_t kMaxSums = Instr::kMaxSums;
-  static constexpr int kColumnRegisters = 8;
+  static constexpr int kColumnSums = 8;
   static constexpr int kMaxLineSums = 2;
-  static constexpr int64_t kMaxSparseRows = 4;
   static_assert(kStretchQuads <= kMaxSums);
 
   static Int Zero() { return _mm256_setzero_si256(); }
@@ -235,10 +234,10 @@ struct Vec256 {
     const Int all = Add(UnpackLo64(v01, v23), UnpackHi64(v01, v23));
     return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
   }
-  // Writes base + i for each bit i of 16; returns how many.
-  static int64_t ListBits(int bits, int32_t base, int32_t* list) {
+  // Writes first + i for each bit i of 16; returns how many.
+  static int64_t ListBits(int bits, int64_t first, int32_t* list) {
     int32_t* const begin = list;
-    for (; bits != 0; bits &= bits - 1) *list++ = base + __builtin_ctz(bits);
+    for (; bits != 0; bits &= bits - 1) *list++ = static_cast<int32_t>(first) + __builtin_ctz(bits);
     return list - begin;
   }
 };

@@ -168,9 +168,8 @@ struct Vec {
   using Int = __m512i;
   static constexpr int kBytes = 64;
   static constexpr int64_t kMaxSums = int64_t{1} << 30;
-  static constexpr int kColumnRegisters = 16;
+  static constexpr int kColumnSums = 16;
   static constexpr int kMaxLineSums = 4;
-  static constexpr int64_t kMaxSparseRows = 4;
 
   static Int Zero() { return _mm512_setzero_si512(); }
   static Int Set1(char x) { return _mm512_set1_epi8(x); }
@@ -234,10 +233,10 @@ struct Vec {
         _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   }
-  // Writes base + i for each bit i of 16; returns how many. May write 16.
-  static int64_t ListBits(int bits, int32_t base, int32_t* list) {
+  // Writes first + i for each bit i of 16; returns how many. May write 16.
+  static int64_t ListBits(int bits, int64_t first, int32_t* list) {
     const __m512i all =
-        _mm512_add_epi32(_mm512_set1_epi32(base),
+        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all));
     return __builtin_popcount(bits);

@@ -58,7 +58,7 @@ constexpr int64_t kStretchBlocks = 128;
 constexpr int64_t kRowBlock = 264;
 constexpr int64_t kUnpackedPanelSize = kStretchBlocks * kUnpackedBlockSize;
 constexpr int64_t kTileRowsSize = kRowBlock * kStretchBlocks * kBlockInputs;
-constexpr int64_t kConvertedSize = kLinePanels * kStretchBlocks * kBlockSize;
+constexpr int64_t kConvertedSize = kLinePanels * (kStretchBlocks + 1) * kBlockSize;
 static_assert(kUnpackedPanelSize + kTileRowsSize + kConvertedSize <= kScratchSize);
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -7,9 +7,8 @@
 //   Dot(sum, codes, x)   sum += four codes times four activations, in every dword
 //   kMaxSums             so many Dots fit into a sum
 //   Total<k>(sum, f)     int32 lanes of a sum over fields f, worth 1 again
-//   kColumnRegisters     sums that AddColumns may hold in registers
+//   kColumnSums          sums that AddColumns may hold in registers, 8 or 16
 //   kMaxLineSums         sums per line in long lines
-//   kMaxSparseRows       with more rows than this, panels are faster
 //
 // Included by files compiled for one instruction set: no std::, nothing inline from other headers.
 #pragma once
@@ -106,12 +105,12 @@ struct RowBlocks {
 template <typename Vec>
 struct ColumnBlocks {
   static constexpr int64_t ScratchSize(int64_t num_blocks) {
-    return kLinePanels * num_blocks * kBlockSize;
+    return kLinePanels * PanelSize(num_blocks);
   }
 
   static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin,
                             int64_t num_blocks, uint8_t* scratch) {
-    const int64_t panel_size = num_blocks * kBlockSize;
+    const int64_t panel_size = PanelSize(num_blocks);
     for (int64_t b = 0; panel % kLinePanels == 0 && b < num_blocks; ++b) {
       const uint8_t* lines =
           run.codes + (block_begin + b) * kBlockInputs * run.stride_bytes + 4 * panel;
@@ -124,6 +123,9 @@ struct ColumnBlocks {
   }
 
  private:
+  // One more block, so that panels do not fall into the same cache sets.
+  static constexpr int64_t PanelSize(int64_t num_blocks) { return (num_blocks + 1) * kBlockSize; }
+
   static void Transpose(const uint8_t* lines, int64_t stride, uint8_t* out, int64_t panel_size) {
     typename Vec::Int v[kNumFields][4];
 #pragma GCC unroll 4
@@ -141,37 +143,63 @@ struct ColumnBlocks {
   }
 };
 
-// --- Inputs that are not 0
+// --- Lists of lines
 
-// Pads lists of lines to whole steps of the loops that walk them, and those that prefetch.
+// Pads lists of lines to whole steps of the loops that walk them, and of those that prefetch.
 constexpr int64_t kListPad = 512;
 
-// Inputs that are not 0 in all rows, ascending, then kListPad times the last.
-template <typename Vec>
-static inline int64_t ListInputs(const TernaryRun& run, int32_t* list) {
-  int64_t count = 0;
-  for (int64_t k = 0; k < run.num_blocks * kBlockInputs; k += kBlockInputs) {
-    __m128i any = _mm_setzero_si128();
-    for (int64_t r = 0; r < run.num_rows; ++r) {
-      const int8_t* x = run.x + r * run.x_stride + k;
-      any = _mm_or_si128(any, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    }
-    const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(any, _mm_setzero_si128()));
-    count += Vec::ListBits(~zeros & 0xffff, static_cast<int32_t>(k), list + count);
-  }
-  for (int64_t i = 0; i < kListPad; ++i) list[count + i] = count > 0 ? list[count - 1] : 0;
-  return count;
+// Repeats the last of `count` entries kListPad times.
+static inline void PadList(int32_t* list, int64_t count) {
+  const int32_t last = count > 0 ? list[count - 1] : 0;
+  for (int64_t i = 0; i < kListPad; ++i) list[count + i] = last;
 }
 
-// out [ceil(count / 4), num_rows, 4]: the listed activations; 0 past them.
-static inline void GatherInputs(const TernaryRun& run, const int32_t* list, int64_t count,
-                                int8_t* out) {
-  for (int64_t i = 0; i < count; i += 4) {
-    for (int64_t r = 0; r < run.num_rows; ++r, out += 4) {
-      const int8_t* x = run.x + r * run.x_stride;
-      for (int64_t j = 0; j < 4; ++j) out[j] = i + j < count ? x[list[i + j]] : int8_t{0};
-    }
+// Bit i: x[k + i] is not 0.
+static inline int LiveInputs(const TernaryRun& run, int64_t row, int64_t k) {
+  const __m128i x = _mm_loadu_si128(
+      reinterpret_cast<const __m128i*>(run.x + row * run.x_stride + k * kBlockInputs));
+  return ~_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128())) & 0xffff;
+}
+
+// Bit i: the gate of output 16 * panel + i is above 0 or NaN.
+static inline int LiveOutputs(const TernaryRun& run, int64_t row, int64_t panel) {
+  const int64_t first = panel * kPanelOutputs;
+  const float* gate = run.gate + row * run.y_stride + first;
+  int live = 0;
+  if (first + kPanelOutputs > run.num_outputs) {
+    for (int i = 0; first + i < run.num_outputs; ++i) live |= (gate[i] <= 0 ? 0 : 1) << i;
+    return live;
   }
+  for (int i = 0; i < kPanelOutputs; i += 4) {
+    const __m128 above = _mm_cmpnle_ps(_mm_loadu_ps(gate + i), _mm_setzero_ps());
+    live |= _mm_movemask_ps(above) << i;
+  }
+  return live;
+}
+
+// Whether working row by row on live lines only is faster than on panels made of all lines;
+// `live(row, i)` has the bits of lines 16 i .. 16 i + 15 of `num_groups` groups. Measured: with all
+// lines alive a row costs 1, and n rows with panels cost about 4/3 + n/6.
+template <typename Live>
+static inline bool SparseIsFaster(const TernaryRun& run, int64_t num_groups, const Live& live) {
+  constexpr int64_t kMaxSparseRows = 64;  // do not even count for more
+  if (run.num_rows > kMaxSparseRows) return false;
+  if (run.num_rows == 1) return true;
+  const int64_t budget = num_groups * 16 * (8 + run.num_rows) / 6;
+  int64_t count = 0;
+  for (int64_t r = 0; r < run.num_rows && count <= budget; ++r) {
+    for (int64_t i = 0; i < num_groups; ++i) count += __builtin_popcount(live(run, r, i));
+  }
+  return count <= budget;
+}
+
+// --- Inputs that are not 0
+
+// out [ceil(count / 4), 4]: the listed activations; 0 past them.
+static inline void GatherInputs(const int8_t* x, const int32_t* list, int64_t count, int8_t* out) {
+  int64_t i = 0;
+  for (; i < count; ++i) out[i] = x[list[i]];
+  for (; i % 4 != 0; ++i) out[i] = 0;
 }
 
 // Walks the outputs' bytes of listed columns, one column after the other, ahead of the products:
@@ -196,53 +224,49 @@ struct ColumnCursor {
   }
 };
 
-// sums [kRows][codes of a vector] += `num_quads` times four columns, at `codes`, times activations
-// x [num_quads, x_rows, 4]. Vectors first .. first + kVectors of the interleaved four.
-template <typename Vec, int kRows, int kFirst, int kVectors>
-__attribute__((noinline)) static void AddColumns(const uint8_t* codes, int64_t stride,
-                                                 const int32_t* list, int64_t num_quads,
-                                                 ColumnCursor& ahead, const int8_t* x,
-                                                 int64_t x_rows, int32_t* sums,
-                                                 int64_t sums_stride) {
+// Four columns each, some of the listed.
+struct QuadRange {
+  const int32_t* list;
+  const int8_t* x;
+  int64_t count;
+};
+
+// sums [codes of a vector] += columns at `codes` times their activations. Vectors kFirst .. kFirst
+// + kVectors of the interleaved four.
+template <typename Vec, int kFirst, int kVectors>
+static inline void AddColumns(const uint8_t* codes, int64_t stride, QuadRange quads,
+                              ColumnCursor& ahead, int32_t* sums) {
   using Int = typename Vec::Int;
   ColumnCursor cursor = ahead;
-  Int sum[kRows][kVectors][kNumFields];
+  Int sum[kVectors][kNumFields];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int q = 0; q < kVectors; ++q)
 #pragma GCC unroll 4
-    for (int q = 0; q < kVectors; ++q)
-#pragma GCC unroll 4
-      for (int f = 0; f < kNumFields; ++f) sum[r][q][f] = Vec::Zero();
-  for (int64_t i = 0; i < num_quads; ++i, list += 4, x += 4 * x_rows) {
+    for (int f = 0; f < kNumFields; ++f) sum[q][f] = Vec::Zero();
+  for (int64_t i = 0; i < quads.count; ++i, quads.list += 4, quads.x += 4) {
     Int line[4], v[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      line[j] = Vec::Load(codes + list[j] * stride);
+      line[j] = Vec::Load(codes + quads.list[j] * stride);
       if (kFirst == 0 && j * Vec::kBytes % 64 == 0) cursor.FetchNext();
     }
     InterleaveBytes<Vec>(line, v);
+    const Int four = Vec::Broadcast(quads.x);
 #pragma GCC unroll 4
     for (int q = 0; q < kVectors; ++q)
 #pragma GCC unroll 4
       for (int f = 0; f < kNumFields; ++f) {
-        const Int field = Vec::template Field<kNumFields>(v[kFirst + q], f);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          Vec::Dot(sum[r][q][f], field, Vec::Broadcast(x + 4 * r));
-        }
+        Vec::Dot(sum[q][f], Vec::template Field<kNumFields>(v[kFirst + q], f), four);
       }
   }
   ahead = cursor;
-  constexpr int64_t kLanes = Vec::kBytes / 4;
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int q = 0; q < kVectors; ++q)
 #pragma GCC unroll 4
-    for (int q = 0; q < kVectors; ++q)
-#pragma GCC unroll 4
-      for (int f = 0; f < kNumFields; ++f) {
-        Vec::AddTo(sums + r * sums_stride + ((kFirst + q) * kNumFields + f) * kLanes,
-                   Vec::template Total<kNumFields>(sum[r][q][f], f));
-      }
+    for (int f = 0; f < kNumFields; ++f) {
+      Vec::AddTo(sums + ((kFirst + q) * kNumFields + f) * (Vec::kBytes / 4),
+                 Vec::template Total<kNumFields>(sum[q][f], f));
+    }
 }
 
 // Outputs from the sums of one vector of each line, in the order AddColumns leaves them:
@@ -262,128 +286,81 @@ static inline void StoreColumnSums(const int32_t* sums, const OutputTile& out) {
   if (y == partial) __builtin_memcpy(out.y, partial, sizeof(float) * out.num_outputs);
 }
 
-constexpr int64_t kMaxSumRows = 4;        // rows of activations at a time
 constexpr int64_t kChunkOutputs = 16384;  // outputs whose sums stay in scratch
 constexpr int64_t kStretchQuads = 32;     // fours of columns between two updates of sums
 
 // Where RunColumns keeps things in scratch.
 struct ColumnScratch {
-  int32_t* sums;  // [rows, kChunkOutputs]
+  int32_t* sums;  // [kChunkOutputs]
   int32_t* list;  // [inputs + kListPad]
-  int8_t* x;      // [inputs / 4, rows, 4]
+  int8_t* x;      // [inputs], of listed columns
 
   explicit ColumnScratch(uint8_t* scratch)
       : sums(reinterpret_cast<int32_t*>(scratch)),
-        list(sums + kMaxSumRows * kChunkOutputs),
+        list(sums + kChunkOutputs),
         x(reinterpret_cast<int8_t*>(list + kMaxInputs + kListPad)) {}
 };
-static_assert(4 * kMaxSumRows * kChunkOutputs + 4 * (kMaxInputs + kListPad) +
-                  kMaxSumRows * kMaxInputs <=
-              kScratchSize);
+static_assert(4 * kChunkOutputs + 4 * (kMaxInputs + kListPad) + kMaxInputs <= kScratchSize);
 
-// One stretch of columns, one vector of their lines, all rows.
-template <typename Vec, int kRows, int kFirst = 0>
-static inline void AddStretch(const TernaryRun& run, const ColumnScratch& s, int64_t output,
-                              int64_t chunk, int64_t quad, int64_t num_quads, int64_t row,
-                              ColumnCursor& ahead) {
-  constexpr int kFit = Vec::kColumnRegisters / kNumFields / kRows;
-  constexpr int kVectors = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  if constexpr (kFirst < 4) {
-    AddColumns<Vec, kRows, kFirst, kVectors>(
-        run.codes + output / 4, run.stride_bytes, s.list + 4 * quad, num_quads, ahead,
-        s.x + 4 * (quad * run.num_rows + row), run.num_rows,
-        s.sums + row * kChunkOutputs + output - chunk, kChunkOutputs);
-    AddStretch<Vec, kRows, kFirst + kVectors>(run, s, output, chunk, quad, num_quads, row, ahead);
-  }
-}
-
-// Outputs [chunk, chunk_end).
+// Outputs [begin, end) of one row from `count` listed columns. Stretches of columns go by, so that
+// memory is read line after line, whole columns at a time, ahead of the products.
 template <typename Vec>
-static void RunColumnChunk(const TernaryRun& run, const ColumnScratch& s, int64_t count,
-                           int64_t chunk, int64_t chunk_end) {
+static void RunColumnChunk(const TernaryRun& run, int64_t row, const ColumnScratch& s,
+                           int64_t count, int64_t begin, int64_t end) {
   constexpr int64_t kOutputs = 4 * Vec::kBytes;
-  const int64_t num_quads = (count + 3) / 4;
-  ColumnCursor ahead = {run.codes + chunk / 4, run.stride_bytes, (chunk_end - chunk + 3) / 4};
-  for (int64_t r = 0; r < run.num_rows; ++r) {
-    int32_t* sums = s.sums + r * kChunkOutputs;
-    for (int64_t i = 0; i < (chunk_end - chunk + kOutputs - 1) / kOutputs * kOutputs; ++i)
-      sums[i] = 0;
-  }
-  for (int64_t quad = 0; quad < num_quads; quad += kStretchQuads) {
-    const int64_t quads = Min(kStretchQuads, num_quads - quad);
-    ahead.Start(s.list + 4 * (quad + kStretchQuads));
-    for (int64_t output = chunk; output < chunk_end; output += kOutputs) {
-      for (int64_t row = 0; row < run.num_rows;) {
-        if (Vec::kColumnRegisters >= 8 && row + 2 <= run.num_rows) {
-          AddStretch<Vec, 2>(run, s, output, chunk, quad, quads, row, ahead);
-          row += 2;
-        } else {
-          AddStretch<Vec, 1>(run, s, output, chunk, quad, quads, row, ahead);
-          row += 1;
-        }
+  constexpr int kVectors = Vec::kColumnSums / kNumFields;
+  const int64_t num_quads = (count + 3) / 4, size = end - begin;
+  for (int64_t i = 0; i < (size + kOutputs - 1) / kOutputs * kOutputs; ++i) s.sums[i] = 0;
+  ColumnCursor ahead = {run.codes + begin / 4, run.stride_bytes, (size + 3) / 4};
+  for (int64_t q = 0; q < num_quads; q += kStretchQuads) {
+    const QuadRange quads = {s.list + 4 * q, s.x + 4 * q, Min(kStretchQuads, num_quads - q)};
+    ahead.Start(quads.list + 4 * kStretchQuads);
+    for (int64_t o = 0; o < size; o += kOutputs) {
+      const uint8_t* codes = run.codes + (begin + o) / 4;
+      AddColumns<Vec, 0, kVectors>(codes, run.stride_bytes, quads, ahead, s.sums + o);
+      if constexpr (kVectors == 2) {
+        AddColumns<Vec, 2, kVectors>(codes, run.stride_bytes, quads, ahead, s.sums + o);
       }
     }
   }
-  for (int64_t r = 0; r < run.num_rows; ++r) {
-    for (int64_t output = chunk; output < chunk_end; output += kOutputs) {
-      StoreColumnSums<Vec>(s.sums + r * kChunkOutputs + output - chunk,
-                           {run.y + r * run.y_stride + output, run.y_stride, 1,
-                            static_cast<int>(Min(kOutputs, run.num_outputs - output)),
-                            run.weight_scale, run.x_scales + r, run.x_sums + r});
-    }
+  for (int64_t o = 0; o < size; o += kOutputs) {
+    StoreColumnSums<Vec>(s.sums + o, {run.y + row * run.y_stride + begin + o, run.y_stride, 1,
+                                      static_cast<int>(Min(kOutputs, size - o)), run.weight_scale,
+                                      run.x_scales + row, run.x_sums + row});
   }
 }
 
 template <typename Micro, typename Vec>
 static void RunColumnsWith(const TernaryRun& run) {
-  if (run.num_rows > Vec::kMaxSparseRows) return RunPanelsWith<Micro, ColumnBlocks<Vec>>(run);
+  if (!SparseIsFaster(run, run.num_blocks, LiveInputs)) {
+    return RunPanelsWith<Micro, ColumnBlocks<Vec>>(run);
+  }
   const ColumnScratch scratch(run.scratch);
-  const int64_t count = ListInputs<Vec>(run, scratch.list);
-  GatherInputs(run, scratch.list, count, scratch.x);
-  for (int64_t chunk = 0; chunk < run.num_outputs; chunk += kChunkOutputs) {
-    RunColumnChunk<Vec>(run, scratch, count, chunk, Min(chunk + kChunkOutputs, run.num_outputs));
+  for (int64_t r = 0; r < run.num_rows; ++r) {
+    int64_t count = 0;
+    for (int64_t b = 0; b < run.num_blocks; ++b) {
+      count += Vec::ListBits(LiveInputs(run, r, b), b * kBlockInputs, scratch.list + count);
+    }
+    PadList(scratch.list, count);
+    GatherInputs(run.x + r * run.x_stride, scratch.list, count, scratch.x);
+    for (int64_t o = 0; o < run.num_outputs; o += kChunkOutputs) {
+      RunColumnChunk<Vec>(run, r, scratch, count, o, Min(o + kChunkOutputs, run.num_outputs));
+    }
   }
 }
 
 // --- Outputs that are wanted
-
-// Outputs [begin, end) whose gate is above 0 (or NaN) in some row, ascending, then kListPad times
-// the last.
-template <typename Vec>
-static inline int64_t ListOutputs(const TernaryRun& run, int64_t begin, int64_t end,
-                                  int32_t* list) {
-  int64_t count = 0;
-  int64_t o = begin;
-  for (; o + 16 <= end; o += 16) {
-    int live = 0;
-    for (int64_t r = 0; r < run.num_rows; ++r) {
-      const float* gate = run.gate + r * run.y_stride + o;
-      for (int i = 0; i < 16; i += 4) {
-        const __m128 above = _mm_cmpnle_ps(_mm_loadu_ps(gate + i), _mm_setzero_ps());
-        live |= _mm_movemask_ps(above) << i;
-      }
-    }
-    count += Vec::ListBits(live, static_cast<int32_t>(o), list + count);
-  }
-  for (; o < end; ++o) {
-    bool live = false;
-    for (int64_t r = 0; r < run.num_rows; ++r) live |= !(run.gate[r * run.y_stride + o] <= 0);
-    if (live) list[count++] = static_cast<int32_t>(o);
-  }
-  for (int64_t i = 0; i < kListPad; ++i) list[count + i] = count > 0 ? list[count - 1] : 0;
-  return count;
-}
 
 // x in the order in which the fields of lines want it: [vector of a line][field][granule][4].
 template <typename Vec>
 static inline void ArrangeInputs(const TernaryRun& run, int64_t row, int8_t* out) {
   constexpr int64_t kGranules = Vec::kBytes / 4;
   const int8_t* x = run.x + row * run.x_stride;
-  for (int64_t g = 0; g < run.stride_bytes / 4; ++g) {
+  for (int64_t g = 0; g < run.stride_bytes / 4; ++g, x += kBlockInputs) {
     int8_t* to = out + g / kGranules * (kNumFields * Vec::kBytes) + g % kGranules * 4;
     for (int f = 0; f < kNumFields; ++f, to += Vec::kBytes) {
       if (g < run.num_blocks) {
-        __builtin_memcpy(to, x + g * kBlockInputs + 4 * f, 4);
+        __builtin_memcpy(to, x + 4 * f, 4);
       } else {
         __builtin_memset(to, 0, 4);
       }
@@ -391,16 +368,21 @@ static inline void ArrangeInputs(const TernaryRun& run, int64_t row, int8_t* out
   }
 }
 
-// The dot products of four lines with one row of arranged activations. Field f goes to sum f %
-// kSums.
+// The dot products of four listed lines with arranged activations. Field f goes to sum f % kSums.
 template <typename Vec, int kSums>
 static inline __m128i DotLines(const uint8_t* codes, int64_t stride, const int32_t* list,
-                               const int8_t* x, bool prefetch) {
+                               const int8_t* x) {
   using Int = typename Vec::Int;
+  constexpr int64_t kAhead = 8;  // lines
   constexpr int64_t kMaxBytes = Vec::kMaxSums / (kNumFields / kSums) * Vec::kBytes;
   Int total[4] = {Vec::Zero(), Vec::Zero(), Vec::Zero(), Vec::Zero()};
-  const uint8_t* const line[4] = {codes + list[0] * stride, codes + list[1] * stride,
-                                  codes + list[2] * stride, codes + list[3] * stride};
+  const uint8_t* line[4];
+  const uint8_t* ahead[4];
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    line[l] = codes + list[l] * stride;
+    ahead[l] = codes + list[l + kAhead] * stride;
+  }
   for (int64_t begin = 0; begin < stride; begin += kMaxBytes) {
     const int64_t end = Min(begin + kMaxBytes, stride);
     Int sum[4][kSums];
@@ -409,21 +391,19 @@ static inline __m128i DotLines(const uint8_t* codes, int64_t stride, const int32
 #pragma GCC unroll 4
       for (int s = 0; s < kSums; ++s) sum[l][s] = Vec::Zero();
     for (int64_t at = begin; at < end; at += Vec::kBytes, x += kNumFields * Vec::kBytes) {
-      if (prefetch) {
+      Int v[4];
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) {
-          const uint8_t* ahead = codes + list[8 + l] * stride + at;
-          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-        }
+      for (int l = 0; l < 4; ++l) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead[l] + at), _MM_HINT_T0);
+        v[l] = Vec::Load(line[l] + at);
       }
-      const Int v[4] = {Vec::Load(line[0] + at), Vec::Load(line[1] + at), Vec::Load(line[2] + at),
-                        Vec::Load(line[3] + at)};
 #pragma GCC unroll 4
       for (int f = 0; f < kNumFields; ++f) {
         const Int four = Vec::Load(x + f * Vec::kBytes);
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l)
+        for (int l = 0; l < 4; ++l) {
           Vec::Dot(sum[l][f % kSums], Vec::template Field<kSums>(v[l], f), four);
+        }
       }
     }
 #pragma GCC unroll 4
@@ -436,42 +416,44 @@ static inline __m128i DotLines(const uint8_t* codes, int64_t stride, const int32
   return Vec::SumEach(total);
 }
 
-constexpr int64_t kListedOutputs = 65536;  // at a time
-constexpr int64_t kShortLine = 128;  // bytes; here adding several sums up costs more than it saves
-
 template <typename Vec, int kSums>
-static void RunListedRows(const TernaryRun& run, const int32_t* list, int64_t count,
+static void RunListedRows(const TernaryRun& run, int64_t row, const int32_t* list, int64_t count,
                           const int8_t* x) {
+  const __m128 scale = _mm_set1_ps(run.weight_scale * run.x_scales[row]);
+  const __m128i x_sum = _mm_set1_epi32(run.x_sums[row]);
+  float* const y = run.y + row * run.y_stride;
   for (int64_t i = 0; i < count; i += 4) {
-    for (int64_t r = 0; r < run.num_rows; ++r) {
-      const __m128i dot = DotLines<Vec, kSums>(run.codes, run.stride_bytes, list + i,
-                                               x + r * run.stride_bytes * kNumFields, r == 0);
-      const __m128 scale = _mm_set1_ps(run.weight_scale * run.x_scales[r]);
-      const __m128i x_sum = _mm_set1_epi32(run.x_sums[r]);
-      const __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(dot, x_sum)), scale);
-      for (int j = 0; j < 4; ++j) run.y[r * run.y_stride + list[i + j]] = y[j];
-    }
+    const __m128i dot = DotLines<Vec, kSums>(run.codes, run.stride_bytes, list + i, x);
+    const __m128 values = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(dot, x_sum)), scale);
+    for (int j = 0; j < 4; ++j) y[list[i + j]] = values[j];
   }
 }
 
+constexpr int64_t kListedPanels = 4096;  // at a time
+constexpr int64_t kShortLine = 128;  // bytes; here adding several sums up costs more than it saves
+
 template <typename Micro, typename Vec>
 static void RunRowsWith(const TernaryRun& run) {
-  if (run.gate == nullptr || run.num_rows > Vec::kMaxSparseRows) {
+  const int64_t num_panels = NumPanels(run);
+  if (run.gate == nullptr || !SparseIsFaster(run, num_panels, LiveOutputs)) {
     return RunPanelsWith<Micro, RowBlocks<Vec>>(run);
   }
   int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
-  int32_t* const list = reinterpret_cast<int32_t*>(run.scratch + kMaxSumRows * kMaxInputs);
-  static_assert(kMaxSumRows * kMaxInputs + 4 * (kListedOutputs + kListPad) <= kScratchSize);
+  int32_t* const list = reinterpret_cast<int32_t*>(run.scratch + kMaxInputs);
+  static_assert(kMaxInputs + 4 * (kListedPanels * kPanelOutputs + kListPad) <= kScratchSize);
   for (int64_t r = 0; r < run.num_rows; ++r) {
-    ArrangeInputs<Vec>(run, r, x + r * run.stride_bytes * kNumFields);
-  }
-  for (int64_t o = 0; o < run.num_outputs; o += kListedOutputs) {
-    const int64_t end = Min(o + kListedOutputs, run.num_outputs);
-    const int64_t count = ListOutputs<Vec>(run, o, end, list);
-    if (run.stride_bytes <= kShortLine) {
-      RunListedRows<Vec, 1>(run, list, count, x);
-    } else {
-      RunListedRows<Vec, Vec::kMaxLineSums>(run, list, count, x);
+    ArrangeInputs<Vec>(run, r, x);
+    for (int64_t first = 0; first < num_panels; first += kListedPanels) {
+      int64_t count = 0;
+      for (int64_t p = first; p < Min(first + kListedPanels, num_panels); ++p) {
+        count += Vec::ListBits(LiveOutputs(run, r, p), p * kPanelOutputs, list + count);
+      }
+      PadList(list, count);
+      if (run.stride_bytes <= kShortLine) {
+        RunListedRows<Vec, 1>(run, r, list, count, x);
+      } else {
+        RunListedRows<Vec, Vec::kMaxLineSums>(run, r, list, count, x);
+      }
     }
   }
 }
