@@ -183,11 +183,13 @@ static inline int LiveOutputs(const TernaryRun& run, int64_t row, int64_t panel)
 template <typename Live>
 static inline bool SparseIsFaster(const TernaryRun& run, int64_t num_groups, const Live& live) {
   constexpr int64_t kMaxSparseRows = 64;  // do not even count for more
+  constexpr int64_t kRowCost = 96;        // lines: listing and arranging inputs takes as long
   if (run.num_rows > kMaxSparseRows) return false;
   if (run.num_rows == 1) return true;
   const int64_t budget = num_groups * 16 * (8 + run.num_rows) / 6;
   int64_t count = 0;
   for (int64_t r = 0; r < run.num_rows && count <= budget; ++r) {
+    count += kRowCost;
     for (int64_t i = 0; i < num_groups; ++i) count += __builtin_popcount(live(run, r, i));
   }
   return count <= budget;
