@@ -68,9 +68,9 @@ struct QuantizeArgs {
 // and own matrix. One matrix is one group; q, k and v are three groups over the same rows; experts are
 // one group each. num_rows may be 0. Work is split over threads by weight bytes and products.
 //
-// Few rows skip what adds nothing: with kColumns, codes of inputs that are 0 in all rows of the group are
-// not read; with kRows and a gate, neither are those of outputs whose gate is <= 0 in all rows. Results
-// are the same bits in every layout.
+// A row alone does not read codes that add nothing: with kColumns, those of inputs that are 0; with kRows
+// and a gate, those of outputs whose gate is <= 0. So do a few rows, as long as it is faster than to
+// read all codes once. Results are the same bits in every layout.
 struct TernaryGroup {
   TernaryMatrix weights;  // columns == x.dim
   int64_t row_begin = 0;  // first row of x

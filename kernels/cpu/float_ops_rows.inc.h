@@ -70,10 +70,10 @@ inline F32x16 RoundWithin(const F32x16& x, float low, float high) {
   return Round(Min(Max(x, Set1(low)), Set1(high)));
 }
 
-// The k-th largest of dim floats >= 0 (1 <= k <= dim), the largest of which is `largest`; or a
-// smaller float that no fewer and no more than k of them reach. Floats >= 0 are ordered like their
-// bits, which are halved between 0 and the largest. A NaN counts as reaching everything.
-inline float KthLargest(const float* x, int64_t dim, int64_t k, float largest) {
+// A threshold that the k largest of dim floats >= 0 reach, with all that equal the least of them,
+// and no others (1 <= k <= dim); `largest` is no less than any. Floats >= 0 are ordered like their
+// bits: these are bisected. A NaN counts as reaching everything.
+inline float TopThreshold(const float* x, int64_t dim, int64_t k, float largest) {
   static_assert(kMaxColumns <= 1 << 24);  // counts are exact floats
   uint32_t low = 0, high;
   std::memcpy(&high, &largest, sizeof(high));
@@ -113,7 +113,7 @@ inline void QuantizeRow8(const RowValues& values, const QuantizedRows& out, int6
   out.scales[row] = absmax / 127.0f;
   const auto code_of = [&](const F32x16& v) { return RoundWithin(v * scale, -128.0f, 127.0f); };
   if (magnitudes == nullptr) return StoreCodes(values, out, row, normed, code_of);
-  const F32x16 least = Set1(KthLargest(magnitudes, out.dim, out.dim - out.dim / 2, absmax));
+  const F32x16 least = Set1(TopThreshold(magnitudes, out.dim, out.dim - out.dim / 2, absmax));
   StoreCodes(values, out, row, normed,
              [&](const F32x16& v) { return IfLess(Abs(v), least, Zero(), code_of(v)); });
 }
