@@ -21,16 +21,26 @@ void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const 
   const int64_t inner = config.intermediate;
   float* gate = workspace.gate_.data();
   float* up = workspace.up_.data();
+  std::vector<kernels::TernaryGroup>& products = workspace.groups_;
+  const auto multiply = [&](const kernels::QuantizedRows& rows) {
+    kernels.ternary_matmul({.x = rows, .groups = products}, executor);
+    products.clear();
+  };
 
-  workspace.groups_.clear();
+  // relu2 needs up only where the gate is above 0.
+  const bool gate_first = config.activation == kernels::Activation::kRelu2;
+  products.clear();
+  for (const FfnGroup& group : groups) {
+    products.push_back({group.weights->gate.view, group.row_begin, group.num_rows,
+                        gate + group.row_begin * inner, inner});
+  }
+  if (gate_first) multiply(x);
   for (const FfnGroup& group : groups) {
     const int64_t offset = group.row_begin * inner;
-    workspace.groups_.push_back(
-        {group.weights->gate.view, group.row_begin, group.num_rows, gate + offset, inner});
-    workspace.groups_.push_back(
-        {group.weights->up.view, group.row_begin, group.num_rows, up + offset, inner});
+    products.push_back({group.weights->up.view, group.row_begin, group.num_rows, up + offset, inner,
+                        gate_first ? gate + offset : nullptr});
   }
-  kernels.ternary_matmul({.x = x, .groups = workspace.groups_}, executor);
+  multiply(x);
 
   kernels.glu({.gate = gate,
                .up = up,
@@ -50,12 +60,11 @@ void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const 
                     .eps = config.eps},
                    executor);
 
-  workspace.groups_.clear();
   for (const FfnGroup& group : groups) {
-    workspace.groups_.push_back({group.weights->down.view, group.row_begin, group.num_rows,
-                                 y + group.row_begin * config.hidden, config.hidden});
+    products.push_back({group.weights->down.view, group.row_begin, group.num_rows,
+                        y + group.row_begin * config.hidden, config.hidden});
   }
-  kernels.ternary_matmul({.x = inner_rows, .groups = workspace.groups_}, executor);
+  multiply(inner_rows);
 }
 
 }  // namespace ternion::experts

@@ -13,6 +13,7 @@
 
 namespace ternion::experts {
 
+// Any layouts; with relu2, up in kRows and down in kColumns let codes that add nothing stay unread.
 struct FfnWeights {
   kernels::OwnedTernaryMatrix gate;  // [intermediate, hidden]
   kernels::OwnedTernaryMatrix up;    // [intermediate, hidden]

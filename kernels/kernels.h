@@ -61,18 +61,25 @@ struct QuantizeArgs {
   int64_t x_stride = 0;
   float eps = 0;
   int bits = 8;
-  bool top_half = false;  // only the larger half by magnitude is kept (NUMERICS.md, a4.8)
+  bool top_half = false;  // codes of the smaller half by |x| (after the norm) become 0: kept are the
+                          // dim - dim / 2 largest and all that equal the least of these (bits 8 only)
 };
 
 // y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows of x
 // and own matrix. One matrix is one group; q, k and v are three groups over the same rows; experts are
 // one group each. num_rows may be 0. Work is split over threads by weight bytes and products.
+//
+// A row alone does not read codes that add nothing: with kColumns, those of inputs that are 0; with kRows
+// and a gate, those of outputs whose gate is <= 0. So do a few rows, as long as it is faster than to
+// read all codes once. Results are the same bits in every layout.
 struct TernaryGroup {
   TernaryMatrix weights;  // columns == x.dim
   int64_t row_begin = 0;  // first row of x
   int64_t num_rows = 0;
   float* y = nullptr;     // [num_rows, y_stride], columns 0 .. weights.rows are written
   int64_t y_stride = 0;
+  // [num_rows, y_stride] or null. Not null: y is unspecified where the gate is <= 0. May be NaN.
+  const float* gate = nullptr;
 };
 struct TernaryMatmulArgs {
   QuantizedRows x;
@@ -97,7 +104,8 @@ struct EmbedArgs {
   int64_t num_rows = 0;
 };
 
-// out = act(gate) * up. relu2: max(gate, 0)^2 * up. silu: gate / (1 + exp(-gate)) * up.
+// out = act(gate) * up. silu: gate / (1 + exp(-gate)) * up. relu2: gate^2 * up, and +0 where gate <= 0,
+// whatever up holds there.
 enum class Activation : uint8_t { kSilu, kRelu2 };
 struct GluArgs {
   const float* gate = nullptr;  // [num_rows, stride]

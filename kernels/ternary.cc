@@ -26,9 +26,10 @@ __m128i LoadRow(const void* row, int64_t column, int64_t columns, uint8_t pad) {
 struct Int8Source {
   const int8_t* weights;
   int64_t columns;
+  int64_t first_row;  // output row of weights[0]
 
   __m128i Codes(int64_t row, int64_t column) const {
-    const __m128i w = LoadRow(weights + row * columns, column, columns, 0xff);
+    const __m128i w = LoadRow(weights + (row - first_row) * columns, column, columns, 0xff);
     return _mm_add_epi8(w, _mm_set1_epi8(1));
   }
 };
@@ -46,8 +47,13 @@ struct HfSource {
   }
 };
 
-// The block's bytes of four rows from the 16 codes of each: dword i of a row moves up by 2i bits,
-// then a row's four dwords are merged into one.
+// `v` is packed codes; gathers c & (c >> 1) of all codes c: not 0 once a code 3 was met.
+void NoteThrees(__m128i& threes, __m128i v) {
+  threes = _mm_or_si128(threes, _mm_and_si128(v, _mm_srli_epi16(v, 1)));
+}
+
+// The granules of four rows along 16 columns from the 16 codes of each: dword i of a
+// row moves up by 2i bits, then a row's four dwords are merged into one.
 __m128i MergeRows(const __m128i codes[kRowsAtOnce]) {
   const __m128i place = _mm_setr_epi16(1, 1, 4, 4, 16, 16, 64, 64);
   __m128i v[kRowsAtOnce];
@@ -57,19 +63,87 @@ __m128i MergeRows(const __m128i codes[kRowsAtOnce]) {
   return _mm_or_si128(_mm_unpacklo_epi64(v01, v23), _mm_unpackhi_epi64(v01, v23));
 }
 
-// Packs rows [row, row + num_rows) of one panel, num_rows 1 or 4 (then row is a multiple of 4).
-// Returns the OR of c & (c >> 1) over all codes: bit 0 of a field is set when a code 3 was met.
+// Packs rows [row, row + num_rows), num_rows 1 or 4 (then row is a multiple of 4), into granules
+// along the columns.
 template <int num_rows, typename Source>
-__m128i PackRows(const Source& source, int64_t row, uint8_t* codes) {
-  const int64_t num_blocks = base::CeilDiv(source.columns, kBlockColumns);
-  uint8_t* out = codes + (row / kPanelRows * num_blocks * kBlockBytes) + row % kPanelRows * 4;
+__m128i PackRows(const Source& source, int64_t row, OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  uint8_t* out[num_rows];
+  for (int i = 0; i < num_rows; ++i) out[i] = matrix.codes.data() + view.GranuleOffset(row + i, 0);
+  const int64_t step = view.layout == TernaryLayout::kPanels ? kBlockBytes : kGranuleBytes;
   __m128i threes = _mm_setzero_si128();
-  for (int64_t b = 0; b < num_blocks; ++b, out += kBlockBytes) {
+  for (int64_t b = 0; b < view.num_blocks(); ++b) {
     __m128i v[kRowsAtOnce] = {};
     for (int i = 0; i < num_rows; ++i) v[i] = source.Codes(row + i, b * kBlockColumns);
+    alignas(16) uint8_t granules[kRowsAtOnce * kGranuleBytes];
     const __m128i merged = MergeRows(v);
-    threes = _mm_or_si128(threes, _mm_and_si128(merged, _mm_srli_epi16(merged, 1)));
-    std::memcpy(out, &merged, 4 * num_rows);
+    _mm_store_si128(reinterpret_cast<__m128i*>(granules), merged);
+    NoteThrees(threes, merged);
+    for (int i = 0; i < num_rows; ++i) {
+      std::memcpy(out[i] + b * step, granules + i * kGranuleBytes, kGranuleBytes);
+    }
+  }
+  return threes;
+}
+
+// bytes[j] holds byte j of the granules of 16 columns: puts them in place, at `out` and every
+// stride_bytes from there. Codes that are there already stay: neighbours may have filled their
+// rows.
+void MergeIntoColumns(const __m128i bytes[kGranuleBytes], int64_t num_columns, int64_t stride_bytes,
+                      uint8_t* out) {
+  const __m128i low01 = _mm_unpacklo_epi8(bytes[0], bytes[1]);
+  const __m128i high01 = _mm_unpackhi_epi8(bytes[0], bytes[1]);
+  const __m128i low23 = _mm_unpacklo_epi8(bytes[2], bytes[3]);
+  const __m128i high23 = _mm_unpackhi_epi8(bytes[2], bytes[3]);
+  alignas(16) uint32_t granules[kBlockColumns];
+  __m128i* const to = reinterpret_cast<__m128i*>(granules);
+  _mm_store_si128(to, _mm_unpacklo_epi16(low01, low23));
+  _mm_store_si128(to + 1, _mm_unpackhi_epi16(low01, low23));
+  _mm_store_si128(to + 2, _mm_unpacklo_epi16(high01, high23));
+  _mm_store_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
+  for (int64_t c = 0; c < num_columns; ++c, out += stride_bytes) {
+    uint32_t old;
+    std::memcpy(&old, out, sizeof(old));
+    old |= granules[c];
+    std::memcpy(out, &old, sizeof(old));
+  }
+}
+
+// f(block, b): all blocks of 16 columns for panels [begin, end), a few columns at a time: the lines
+// that are written then stay in cache until their granules are complete.
+template <typename F>
+void ForColumnBlocks(int64_t num_blocks, int64_t panel_begin, int64_t panel_end, F f) {
+  constexpr int64_t kBlocksAtOnce = 4;
+  for (int64_t first = 0; first < num_blocks; first += kBlocksAtOnce) {
+    const int64_t last = std::min(first + kBlocksAtOnce, num_blocks);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      for (int64_t b = first; b < last; ++b) f(panel, b);
+    }
+  }
+}
+
+// Packs rows [row_begin, row_end) into granules along the rows.
+template <typename Source>
+__m128i PackColumns(const Source& source, int64_t row_begin, int64_t row_end,
+                    OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  __m128i threes = _mm_setzero_si128();
+  const auto pack = [&](int64_t panel, int64_t b) {
+    const int64_t row = panel * kPanelRows, column = b * kBlockColumns;
+    __m128i bytes[kGranuleBytes] = {};
+    for (int i = 0; i < kPanelRows; ++i) {
+      if (row + i < row_begin || row + i >= row_end) continue;
+      const __m128i place = _mm_cvtsi32_si128(i / kGranuleBytes * 2);
+      __m128i& byte = bytes[i % kGranuleBytes];
+      byte = _mm_or_si128(byte, _mm_sll_epi16(source.Codes(row + i, column), place));
+    }
+    for (const __m128i& byte : bytes) NoteThrees(threes, byte);
+    MergeIntoColumns(bytes, std::min<int64_t>(kBlockColumns, view.columns - column),
+                     view.stride_bytes(), matrix.codes.data() + view.GranuleOffset(row, column));
+  };
+  if (row_begin < row_end) {
+    ForColumnBlocks(view.num_blocks(), row_begin / kPanelRows, base::CeilDiv(row_end, kPanelRows),
+                    pack);
   }
   return threes;
 }
@@ -82,14 +156,18 @@ bool NoThrees(__m128i threes) {
 
 // Returns false when a code 3 was met.
 template <typename Source>
-bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end, uint8_t* codes) {
+bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end,
+                  OwnedTernaryMatrix& matrix) {
+  if (matrix.view.layout == TernaryLayout::kColumns) {
+    return NoThrees(PackColumns(source, row_begin, row_end, matrix));
+  }
   __m128i threes = _mm_setzero_si128();
   for (int64_t row = row_begin; row < row_end;) {
     if (row % kRowsAtOnce == 0 && row + kRowsAtOnce <= row_end) {
-      threes = _mm_or_si128(threes, PackRows<kRowsAtOnce>(source, row, codes));
+      threes = _mm_or_si128(threes, PackRows<kRowsAtOnce>(source, row, matrix));
       row += kRowsAtOnce;
     } else {
-      threes = _mm_or_si128(threes, PackRows<1>(source, row, codes));
+      threes = _mm_or_si128(threes, PackRows<1>(source, row, matrix));
       ++row;
     }
   }
@@ -104,6 +182,14 @@ void SwapBits(__m128i& a, __m128i& b, int shift, char mask) {
   b = _mm_xor_si128(b, differ);
 }
 
+// Field i of v[f] becomes field f of v[i].
+void SwapFields(__m128i v[4]) {
+  SwapBits(v[0], v[2], 4, 0x0f);
+  SwapBits(v[1], v[3], 4, 0x0f);
+  SwapBits(v[0], v[1], 2, 0x33);
+  SwapBits(v[2], v[3], 2, 0x33);
+}
+
 // In: 16 bytes of each of four packed rows, four fields a byte. Out: v[i] is what MergeRows makes
 // of field i.
 void TransposeFields(__m128i v[4]) {
@@ -113,77 +199,112 @@ void TransposeFields(__m128i v[4]) {
   v[1] = _mm_unpackhi_epi64(low01, low23);
   v[2] = _mm_unpacklo_epi64(high01, high23);
   v[3] = _mm_unpackhi_epi64(high01, high23);
-  SwapBits(v[0], v[2], 4, 0x0f);
-  SwapBits(v[1], v[3], 4, 0x0f);
-  SwapBits(v[0], v[1], 2, 0x33);
-  SwapBits(v[2], v[3], 2, 0x33);
+  SwapFields(v);
 }
 
 // RepackHf of a whole matrix whose packed rows are a multiple of 4: all fields in one pass, at
 // about the speed of a copy.
-bool RepackWhole(const uint8_t* packed, int64_t packed_rows, int64_t columns, uint8_t* codes) {
-  const int64_t num_blocks = base::CeilDiv(columns, kBlockColumns);
+bool RepackWholeRows(const uint8_t* packed, int64_t packed_rows, OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  const bool panels = view.layout == TernaryLayout::kPanels;
   __m128i threes = _mm_setzero_si128();
   for (int64_t row = 0; row < packed_rows; row += kRowsAtOnce) {
     uint8_t* out[4];
     for (int i = 0; i < 4; ++i) {
-      const int64_t output = i * packed_rows + row;
-      out[i] = codes + output / kPanelRows * num_blocks * kBlockBytes + output % kPanelRows * 4;
+      out[i] = matrix.codes.data() + view.GranuleOffset(i * packed_rows + row, 0);
     }
-    for (int64_t b = 0; b < num_blocks; ++b) {
+    for (int64_t b = 0; b < view.num_blocks(); ++b) {
       __m128i v[4];
       for (int i = 0; i < 4; ++i) {
-        v[i] = LoadRow(packed + (row + i) * columns, b * kBlockColumns, columns, 0);
-        threes = _mm_or_si128(threes, _mm_and_si128(v[i], _mm_srli_epi16(v[i], 1)));
+        v[i] = LoadRow(packed + (row + i) * view.columns, b * kBlockColumns, view.columns, 0);
+        NoteThrees(threes, v[i]);
       }
       TransposeFields(v);
       for (int i = 0; i < 4; ++i) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i] + b * kBlockBytes), v[i]);
+        if (panels) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i] + b * kBlockBytes), v[i]);
+          continue;
+        }
+        for (int r = 0; r < kRowsAtOnce; ++r, v[i] = _mm_srli_si128(v[i], kGranuleBytes)) {
+          const int32_t granule = _mm_cvtsi128_si32(v[i]);
+          std::memcpy(out[i] + r * view.stride_bytes() + b * kGranuleBytes, &granule,
+                      kGranuleBytes);
+        }
       }
     }
   }
   return NoThrees(threes);
 }
 
+// The same into columns, when packed rows are a multiple of 16.
+bool RepackWholeColumns(const uint8_t* packed, int64_t packed_rows, OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  __m128i threes = _mm_setzero_si128();
+  ForColumnBlocks(view.num_blocks(), 0, packed_rows / kPanelRows, [&](int64_t panel, int64_t b) {
+    const int64_t row = panel * kPanelRows, column = b * kBlockColumns;
+    __m128i bytes[4][kGranuleBytes];  // of each of the four outputs' panels
+    for (int j = 0; j < kGranuleBytes; ++j) {
+      __m128i v[4];
+      for (int f = 0; f < 4; ++f) {
+        v[f] = LoadRow(packed + (row + 4 * f + j) * view.columns, column, view.columns, 0);
+        NoteThrees(threes, v[f]);
+      }
+      SwapFields(v);
+      for (int i = 0; i < 4; ++i) bytes[i][j] = v[i];
+    }
+    for (int i = 0; i < 4; ++i) {
+      const int64_t granule = view.GranuleOffset(i * packed_rows + row, column);
+      MergeIntoColumns(bytes[i], std::min<int64_t>(kBlockColumns, view.columns - column),
+                       view.stride_bytes(), matrix.codes.data() + granule);
+    }
+  });
+  return NoThrees(threes);
+}
+
 }  // namespace
 
-OwnedTernaryMatrix MakeTernaryMatrix(int64_t rows, int64_t columns, float scale) {
+OwnedTernaryMatrix MakeTernaryMatrix(int64_t rows, int64_t columns, float scale,
+                                     TernaryLayout layout) {
   OwnedTernaryMatrix matrix;
-  matrix.codes = base::Buffer(TernaryBytes(rows, columns));
-  matrix.view = {matrix.codes.data(), scale, rows, columns};
+  matrix.codes = base::Buffer(TernaryBytes(rows, columns, layout));
+  matrix.view = {matrix.codes.data(), scale, rows, columns, layout};
   return matrix;
 }
 
-void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end, int64_t columns,
-                 uint8_t* codes) {
-  PackRowRange(Int8Source{weights, columns}, row_begin, row_end, codes);
+void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end,
+                 OwnedTernaryMatrix& matrix) {
+  PackRowRange(Int8Source{weights, matrix.view.columns, row_begin}, row_begin, row_end, matrix);
 }
 
-bool RepackHf(const uint8_t* packed, int64_t rows, int64_t columns, int64_t row_begin,
-              int64_t row_end, uint8_t* codes) {
-  const int64_t packed_rows = base::CeilDiv(rows, 4);
-  const bool whole = row_begin == 0 && row_end == rows && rows == 4 * packed_rows;
-  if (whole && packed_rows % kRowsAtOnce == 0) {
-    return RepackWhole(packed, packed_rows, columns, codes);
+bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
+              OwnedTernaryMatrix& matrix) {
+  const int64_t rows = matrix.view.rows, packed_rows = base::CeilDiv(rows, 4);
+  if (row_begin == 0 && row_end == rows && rows == 4 * packed_rows) {
+    const bool columns = matrix.view.layout == TernaryLayout::kColumns;
+    if (columns && packed_rows % kPanelRows == 0) {
+      return RepackWholeColumns(packed, packed_rows, matrix);
+    }
+    if (!columns && packed_rows % kRowsAtOnce == 0) {
+      return RepackWholeRows(packed, packed_rows, matrix);
+    }
   }
   bool ternary = true;
   for (int field = 0; field < 4; ++field) {
     const int64_t first_row = field * packed_rows;
-    const HfSource source{packed, columns, first_row, _mm_cvtsi32_si128(2 * field)};
+    const HfSource source{packed, matrix.view.columns, first_row, _mm_cvtsi32_si128(2 * field)};
     const int64_t begin = std::max(row_begin, first_row);
     const int64_t end = std::min({row_end, rows, first_row + packed_rows});
-    ternary &= PackRowRange(source, begin, end, codes);
+    ternary &= PackRowRange(source, begin, end, matrix);
   }
   return ternary;
 }
 
 void UnpackTernary(const TernaryMatrix& matrix, int8_t* weights) {
   for (int64_t row = 0; row < matrix.rows; ++row) {
-    const uint8_t* panel = matrix.codes + row / kPanelRows * matrix.panel_bytes();
     for (int64_t column = 0; column < matrix.columns; ++column) {
-      const uint8_t* block = panel + column / kBlockColumns * kBlockBytes;
-      const uint8_t byte = block[row % kPanelRows * 4 + column % 4];
-      const int code = byte >> (column % kBlockColumns / 4 * 2) & 3;
+      const uint8_t* granule = matrix.codes + matrix.GranuleOffset(row, column);
+      const int64_t place = matrix.PlaceInGranule(row, column);
+      const int code = granule[place % kGranuleBytes] >> (place / kGranuleBytes * 2) & 3;
       weights[row * matrix.columns + column] = static_cast<int8_t>(code - 1);
     }
   }

@@ -1,20 +1,29 @@
 // Packed ternary matrices.
 //
-// A weight w in {-1, 0, +1} is stored as the 2-bit code w + 1 in {0, 1, 2}. Kernels multiply codes as
-// they are and subtract the row's sum of activations once:
+// A weight w in {-1, 0, +1} is stored as the 2-bit code w + 1 in {0, 1, 2}. Kernels multiply codes
+// as they are and subtract the row's sum of activations once:
 //   sum_k w_k x_k = sum_k code_k x_k - sum_k x_k.
 //
-// Panel layout. 16 output rows form a panel; a panel is a run of 64-byte blocks, one per 16 input
-// columns, so that a thread that walks panels reads one contiguous stream:
+// The unit of every layout is the granule, 16 codes in 4 bytes; byte j = 0..3 holds four of them:
+//      bits   7 6  |  5 4  |  3 2  | 1 0
+//      code  12+j  |  8+j  |  4+j  |  j
 //
+// kPanels, when all of the matrix is wanted. 16 output rows form a panel; a panel is a run of
+// 64-byte blocks, one per 16 input columns, so that a thread that walks panels reads one contiguous
+// stream:
 //   block b of panel p: rows 16p .. 16p+15, columns 16b .. 16b+15
-//   byte 4r + j (r = 0..15, j = 0..3) holds four codes of row 16p + r:
-//      bits  7 6 | 5 4 | 3 2 | 1 0
-//      col  12+j | 8+j | 4+j |  j      (+ 16b)
+//   bytes 4r .. 4r+3 (r = 0..15): the granule of row 16p + r along its 16 columns
+// Masking one 2-bit field of a whole block leaves 64 bytes = 16 rows x 4 consecutive columns: what
+// one 512-bit dpbusd multiplies with a broadcast dword of activations.
 //
-// Masking one 2-bit field of a whole block leaves 64 bytes = 16 rows x 4 consecutive columns: what one
-// 512-bit dpbusd multiplies with a broadcast dword of activations. Rows past the matrix and columns past
-// it are code 0; activations there are 0, so they add nothing.
+// kRows, when only some outputs are wanted (up of a relu2 feed-forward): a line per output row.
+//   line r, bytes 4b .. 4b+3: the granule of row r along columns 16b .. 16b+15
+//
+// kColumns, when many inputs are 0 (down of a relu2 feed-forward): a line per input column.
+//   line c, bytes 4p .. 4p+3: the granule of column c along rows 16p .. 16p+15
+//
+// Lines are padded to 64 bytes and their number to 16. All that lies past the matrix is code 0;
+// activations there are 0, and outputs there are not stored.
 #pragma once
 
 #include <cstddef>
@@ -28,20 +37,59 @@ namespace ternion::kernels {
 inline constexpr int kPanelRows = 16;
 inline constexpr int kBlockColumns = 16;
 inline constexpr int kBlockBytes = 64;
+inline constexpr int kGranuleCodes = 16;
+inline constexpr int kGranuleBytes = 4;
+inline constexpr int kLineBytes = 64;  // lines of kRows and kColumns are multiples of it
+inline constexpr int kLineCodes = kLineBytes / kGranuleBytes * kGranuleCodes;
 
 // Largest number of input columns: the in-place masked accumulators hold 64 * 2 * 128 per product.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 16;
 
+enum class TernaryLayout : uint8_t { kPanels, kRows, kColumns };
+
+// Bytes of one panel, or of one line, of a [rows, columns] matrix.
+constexpr int64_t TernaryStrideBytes(int64_t rows, int64_t columns, TernaryLayout layout) {
+  if (layout == TernaryLayout::kPanels) return base::CeilDiv(columns, kBlockColumns) * kBlockBytes;
+  const int64_t codes = layout == TernaryLayout::kRows ? columns : rows;
+  return base::CeilDiv(codes, kLineCodes) * kLineBytes;
+}
+
+// Packed bytes of a [rows, columns] matrix.
+constexpr int64_t TernaryBytes(int64_t rows, int64_t columns,
+                               TernaryLayout layout = TernaryLayout::kPanels) {
+  const int64_t stride = TernaryStrideBytes(rows, columns, layout);
+  if (layout == TernaryLayout::kPanels) return base::CeilDiv(rows, kPanelRows) * stride;
+  return base::RoundUp(layout == TernaryLayout::kRows ? rows : columns, 16) * stride;
+}
+
 // A view; the memory belongs to an OwnedTernaryMatrix (or a device buffer).
 struct TernaryMatrix {
-  const uint8_t* codes = nullptr;  // panels, see above
+  const uint8_t* codes = nullptr;  // in one of the layouts above
   float scale = 0;                 // g: y = sum_k w_k x_k * g
   int64_t rows = 0;                // outputs
   int64_t columns = 0;             // inputs
+  TernaryLayout layout = TernaryLayout::kPanels;
 
   int64_t num_panels() const { return base::CeilDiv(rows, kPanelRows); }
-  int64_t panel_bytes() const { return base::CeilDiv(columns, kBlockColumns) * kBlockBytes; }
-  int64_t bytes() const { return num_panels() * panel_bytes(); }
+  int64_t num_blocks() const { return base::CeilDiv(columns, kBlockColumns); }  // in a panel
+  int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
+  int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
+
+  // First byte of the granule that holds the code of (row, column), and that code's place in it.
+  int64_t GranuleOffset(int64_t row, int64_t column) const {
+    const int64_t panel = row / kPanelRows, block = column / kBlockColumns;
+    switch (layout) {
+      case TernaryLayout::kPanels:
+        return panel * stride_bytes() + block * kBlockBytes + row % kPanelRows * kGranuleBytes;
+      case TernaryLayout::kRows:
+        return row * stride_bytes() + block * kGranuleBytes;
+      default:
+        return column * stride_bytes() + panel * kGranuleBytes;
+    }
+  }
+  int64_t PlaceInGranule(int64_t row, int64_t column) const {
+    return (layout == TernaryLayout::kColumns ? row : column) % kGranuleCodes;
+  }
 };
 
 struct OwnedTernaryMatrix {
@@ -49,23 +97,21 @@ struct OwnedTernaryMatrix {
   TernaryMatrix view;
 };
 
-// Packed bytes of a [rows, columns] matrix.
-constexpr int64_t TernaryBytes(int64_t rows, int64_t columns) {
-  return base::CeilDiv(rows, kPanelRows) * base::CeilDiv(columns, kBlockColumns) * kBlockBytes;
-}
-
 // An all-(-1)-coded matrix of the given shape, to be filled by one of the functions below.
-OwnedTernaryMatrix MakeTernaryMatrix(int64_t rows, int64_t columns, float scale);
+OwnedTernaryMatrix MakeTernaryMatrix(int64_t rows, int64_t columns, float scale,
+                                     TernaryLayout layout = TernaryLayout::kPanels);
 
-// Packs rows [row_begin, row_end) from `weights` (int8 [rows, columns], values -1, 0, 1) into `codes`.
-// Row ranges that do not share a panel may be packed concurrently.
-void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end, int64_t columns,
-                 uint8_t* codes);
+// Packs rows [row_begin, row_end), each once, from `weights` (those rows: int8
+// [row_end - row_begin, columns], values -1, 0, 1). Row ranges that do not share 16 rows (a panel)
+// may be packed concurrently.
+void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end,
+                 OwnedTernaryMatrix& matrix);
 
-// The same from the HF packing, uint8 [ceil(rows/4), columns]: field i (bits 2i, 2i+1) of packed row r is
-// output row i * ceil(rows/4) + r. Returns false when a code 3 is met (not a ternary matrix).
-bool RepackHf(const uint8_t* packed, int64_t rows, int64_t columns, int64_t row_begin, int64_t row_end,
-              uint8_t* codes);
+// The same from the HF packing of the whole matrix, uint8 [ceil(rows/4), columns]: field i (bits
+// 2i, 2i+1) of packed row r is output row i * ceil(rows/4) + r. Returns false when a code 3 is met
+// (not a ternary matrix).
+bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
+              OwnedTernaryMatrix& matrix);
 
 // Inverse of PackTernary, for tests and conversion: weights int8 [rows, columns].
 void UnpackTernary(const TernaryMatrix& matrix, int8_t* weights);

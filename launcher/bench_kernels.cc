@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -26,12 +27,14 @@ using kernels::Executor;
 using kernels::QuantizedBuffer;
 using kernels::QuantizedRows;
 using kernels::TernaryGroup;
+using kernels::TernaryLayout;
 using kernels::TernaryMatrix;
 
 constexpr int64_t kMaxWeightBytes = int64_t{2} << 30;
 constexpr double kSecondsPerCase = 0.4;
 constexpr int kMinRepetitions = 5;
-constexpr int kMaxLimitSamples = 40;  // per case
+constexpr double kLimitSeconds = 0.01;  // that measuring the limits takes, about
+constexpr int kMaxLimitSamples = 40;    // per case
 constexpr int64_t kReadSliceBytes = int64_t{128} << 20;
 
 // One matmul: a dense matrix times `tokens` rows, or tokens sent to `top_k` of `num_experts` each.
@@ -43,6 +46,25 @@ struct Case {
   int top_k = 1;
 
   int64_t rows() const { return tokens * top_k; }
+};
+
+// One token through `num_experts` matrices of which only some lines are alive: outputs that are
+// wanted (kRows: up) or inputs that are not 0 (kColumns: down). Beside the same matrices in panels.
+struct SparseCase {
+  TernaryLayout layout;
+  int64_t outputs;
+  int64_t inputs;
+  int num_experts;
+  double live;
+
+  bool by_rows() const { return layout == TernaryLayout::kRows; }
+  int64_t num_lines() const { return by_rows() ? outputs : inputs; }
+};
+
+struct SparseResult {
+  double seconds = 0;
+  double speedup = 0;            // over panels
+  double of_read_bandwidth = 0;  // by the bytes of live lines
 };
 
 struct Limits {
@@ -84,12 +106,16 @@ class Bench {
   int num_threads() const { return threads_.num_threads(); }
 
   Result Run(const Case& c);
+  SparseResult Run(const SparseCase& c);
 
  private:
   void FillWithCodes();
   Limits MeasureLimits();
   std::vector<int64_t> RowsPerExpert(const Case& c);
+  void ShuffleWeights(int64_t matrix_bytes);
+  const uint8_t* NextWeights(int64_t matrix_bytes);
   std::vector<TernaryGroup> NextGroups(const Case& c, float* y);
+  double SecondsOf(const kernels::TernaryMatmulArgs& args);
 
   const kernels::Kernels& table_;
   base::ThreadPool threads_;
@@ -135,16 +161,42 @@ std::vector<int64_t> Bench::RowsPerExpert(const Case& c) {
   return rows;
 }
 
-// One group per expert that has rows; the weights are the ones not used for longest.
+void Bench::ShuffleWeights(int64_t matrix_bytes) {
+  order_.resize(static_cast<int64_t>(weights_.size()) / matrix_bytes);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::shuffle(order_.begin(), order_.end(), rng_);
+}
+
+// The weights not used for longest.
+const uint8_t* Bench::NextWeights(int64_t matrix_bytes) {
+  return weights_.data() + order_[next_++ % order_.size()] * matrix_bytes;
+}
+
+double Bench::SecondsOf(const kernels::TernaryMatmulArgs& args) {
+  Executor executor{.threads = &threads_};
+  threads_.Run([](int) {});  // awake, as they are between two ops of one step
+  const auto start = std::chrono::steady_clock::now();
+  table_.ternary_matmul(args, executor);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double Median(std::vector<double>& v) {
+  std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
+  return v[v.size() / 2];
+}
+
+// One group per expert that has rows.
 std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
   const int64_t bytes = kernels::TernaryBytes(c.outputs, c.inputs);
   std::vector<TernaryGroup> groups;
   int64_t row = 0;
   for (int64_t count : RowsPerExpert(c)) {
     if (count == 0) continue;
-    const uint8_t* codes = weights_.data() + order_[next_++ % order_.size()] * bytes;
-    groups.push_back(
-        {{codes, 1.0f, c.outputs, c.inputs}, row, count, y + row * c.outputs, c.outputs});
+    groups.push_back({{NextWeights(bytes), 1.0f, c.outputs, c.inputs},
+                      row,
+                      count,
+                      y + row * c.outputs,
+                      c.outputs});
     row += count;
   }
   return groups;
@@ -154,16 +206,13 @@ std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
 // rates and neighbours change from second to second: limits are measured between repetitions, and a
 // fraction is the median of each repetition over the limit measured just before it.
 Result Bench::Run(const Case& c) {
-  order_.resize(static_cast<int64_t>(weights_.size()) / kernels::TernaryBytes(c.outputs, c.inputs));
-  std::iota(order_.begin(), order_.end(), 0);
-  std::shuffle(order_.begin(), order_.end(), rng_);
+  ShuffleWeights(kernels::TernaryBytes(c.outputs, c.inputs));
 
   QuantizedBuffer activations(c.rows(), c.inputs);
   const QuantizedRows x = activations.rows(c.rows());
   for (int64_t i = 0; i < x.num_rows * x.stride; ++i) x.codes[i] = static_cast<int8_t>(rng_());
   base::Array<float> y(c.rows() * c.outputs);
 
-  Executor executor{.threads = &threads_};
   Result result;
   std::vector<double> seconds, bytes, read_limits, dot_limits, of_read, of_dot;
   const double macs = static_cast<double>(c.rows() * c.outputs * c.inputs);
@@ -172,31 +221,85 @@ Result Bench::Run(const Case& c) {
     const bool with_limits = seconds.size() < kMaxLimitSamples;
     const Limits limits = with_limits ? MeasureLimits() : Limits();
     const std::vector<TernaryGroup> groups = NextGroups(c, y.data());
-    threads_.Run([](int) {});  // awake, as they are between two ops of one step
-    const auto start = std::chrono::steady_clock::now();
-    table_.ternary_matmul({x, groups}, executor);
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    seconds.push_back(took.count());
+    const double took = SecondsOf({x, groups});
+    seconds.push_back(took);
     bytes.push_back(
-        static_cast<double>(groups.size() * kernels::TernaryBytes(c.outputs, c.inputs)) /
-        took.count());
-    total += took.count();
+        static_cast<double>(groups.size() * kernels::TernaryBytes(c.outputs, c.inputs)) / took);
+    total += took;
     if (!with_limits) continue;
     read_limits.push_back(limits.bytes_per_second);
     dot_limits.push_back(limits.macs_per_second);
     of_read.push_back(bytes.back() / limits.bytes_per_second);
-    if (limits.macs_per_second > 0) of_dot.push_back(macs / took.count() / limits.macs_per_second);
+    if (limits.macs_per_second > 0) of_dot.push_back(macs / took / limits.macs_per_second);
   }
-  const auto median = [](std::vector<double>& v) {
-    std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
-    return v[v.size() / 2];
-  };
-  result.macs_per_second = macs / median(seconds);
-  result.bytes_per_second = median(bytes);
-  result.limits = {median(read_limits), median(dot_limits)};
-  result.of_read_bandwidth = median(of_read);
-  if (!of_dot.empty()) result.of_dot_peak = median(of_dot);  // scalar has no peak
+  result.macs_per_second = macs / Median(seconds);
+  result.bytes_per_second = Median(bytes);
+  result.limits = {Median(read_limits), Median(dot_limits)};
+  result.of_read_bandwidth = Median(of_read);
+  if (!of_dot.empty()) result.of_dot_peak = Median(of_dot);  // scalar has no peak
   return result;
+}
+
+// Each repetition runs the same live lines in panels and in lines, with weights that are in no
+// cache.
+SparseResult Bench::Run(const SparseCase& c) {
+  const int64_t panel_bytes = kernels::TernaryBytes(c.outputs, c.inputs);
+  const int64_t line_bytes = kernels::TernaryBytes(c.outputs, c.inputs, c.layout);
+  ShuffleWeights(std::max(panel_bytes, line_bytes));
+
+  QuantizedBuffer activations(1, c.inputs);
+  const QuantizedRows x = activations.rows(1);
+  base::Array<float> gate(c.outputs), y(c.outputs * c.num_experts);
+  std::vector<double> seconds, speedups, of_read;
+  double total = 0;
+  while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
+    int64_t num_live = 0;
+    const auto is_live = [&] {
+      const bool live = static_cast<double>(rng_() >> 11) < c.live * 0x1p53;
+      num_live += live;
+      return live;
+    };
+    for (int64_t i = 0; i < c.inputs; ++i) {
+      x.codes[i] = c.by_rows() || is_live() ? static_cast<int8_t>(rng_() | 1) : int8_t{0};
+    }
+    for (float& value : gate.span()) value = !c.by_rows() || is_live() ? 1.0f : -1.0f;
+    std::vector<TernaryGroup> dense, sparse;
+    for (int e = 0; e < c.num_experts; ++e) {
+      float* const out = y.data() + e * c.outputs;
+      dense.push_back(
+          {{NextWeights(panel_bytes), 1.0f, c.outputs, c.inputs}, 0, 1, out, c.outputs});
+      sparse.push_back({{NextWeights(line_bytes), 1.0f, c.outputs, c.inputs, c.layout},
+                        0,
+                        1,
+                        out,
+                        c.outputs,
+                        c.by_rows() ? gate.data() : nullptr});
+    }
+    const Limits limits = MeasureLimits();
+    const double dense_seconds = SecondsOf({x, dense});
+    seconds.push_back(SecondsOf({x, sparse}));
+    speedups.push_back(dense_seconds / seconds.back());
+    const int64_t stride = sparse[0].weights.stride_bytes();
+    of_read.push_back(static_cast<double>(num_live * stride * c.num_experts) / seconds.back() /
+                      limits.bytes_per_second);
+    total += dense_seconds + seconds.back() + kLimitSeconds;
+  }
+  return {Median(seconds), Median(speedups), Median(of_read)};
+}
+
+std::vector<SparseCase> SparseCases() {
+  std::vector<SparseCase> cases;
+  for (double live : {1.0, 0.5, 0.29, 0.16}) {
+    cases.push_back({TernaryLayout::kRows, 14336, 4096, 1, live});
+    cases.push_back({TernaryLayout::kColumns, 4096, 14336, 1, live});
+    cases.push_back({TernaryLayout::kRows, 256, 256, 8, live});
+    cases.push_back({TernaryLayout::kColumns, 256, 256, 8, live});
+  }
+  std::stable_sort(cases.begin(), cases.end(), [](const SparseCase& a, const SparseCase& b) {
+    return std::tuple(-a.outputs * a.inputs, a.layout) <
+           std::tuple(-b.outputs * b.inputs, b.layout);
+  });
+  return cases;
 }
 
 std::vector<Case> Cases() {
@@ -230,6 +333,25 @@ nlohmann::json ToJson(const Case& c, const Result& result) {
           {"percent_of_dot_peak", 100 * result.of_dot_peak}};
 }
 
+void PrintResult(const SparseCase& c, const SparseResult& result) {
+  std::string shape = absl::StrCat(c.outputs, " x ", c.inputs);
+  if (c.num_experts > 1) absl::StrAppend(&shape, ", ", c.num_experts, " of them");
+  absl::PrintF("%-28s %-7s %5.0f%% %9.1f %8.2fx %7.1f%%\n", shape, c.by_rows() ? "rows" : "columns",
+               100 * c.live, result.seconds * 1e6, result.speedup, 100 * result.of_read_bandwidth);
+}
+
+nlohmann::json ToJson(const SparseCase& c, const SparseResult& result) {
+  return {{"layout", c.by_rows() ? "rows" : "columns"},
+          {"outputs", c.outputs},
+          {"inputs", c.inputs},
+          {"tokens", 1},
+          {"experts", c.num_experts},
+          {"live", c.live},
+          {"us", result.seconds * 1e6},
+          {"speedup_over_panels", result.speedup},
+          {"percent_of_read_bandwidth", 100 * result.of_read_bandwidth}};
+}
+
 }  // namespace
 
 absl::Status BenchKernels(const BenchKernelsOptions& options) {
@@ -250,6 +372,15 @@ absl::Status BenchKernels(const BenchKernelsOptions& options) {
     best.bytes_per_second = std::max(best.bytes_per_second, result.limits.bytes_per_second);
     best.macs_per_second = std::max(best.macs_per_second, result.limits.macs_per_second);
   }
+  absl::PrintF("\n%-28s %-7s %6s %9s %9s %8s\n", "one token, live lines only", "lines", "live",
+               "us", "panels", "of read");
+  nlohmann::json sparse_lines = nlohmann::json::array();
+  for (const SparseCase& c : SparseCases()) {
+    const SparseResult result = bench.Run(c);
+    PrintResult(c, result);
+    std::fflush(stdout);
+    sparse_lines.push_back(ToJson(c, result));
+  }
   absl::PrintF("limits at best: read %.1f GB/s, 8-bit dot products %.1f GMAC/s\n",
                best.bytes_per_second * 1e-9, best.macs_per_second * 1e-9);
   if (options.json_path.empty()) return absl::OkStatus();
@@ -258,7 +389,8 @@ absl::Status BenchKernels(const BenchKernelsOptions& options) {
                                  {"threads", bench.num_threads()},
                                  {"read_gb_per_s", best.bytes_per_second * 1e-9},
                                  {"dot_gmac_per_s", best.macs_per_second * 1e-9},
-                                 {"ternary_matmul", lines}};
+                                 {"ternary_matmul", lines},
+                                 {"sparse_ternary_matmul", sparse_lines}};
   return base::WriteFileAtomically(options.json_path, report.dump(2) + "\n");
 }
 

@@ -12,11 +12,11 @@ struct BenchKernelsOptions {
   std::string json_path;  // empty: the table only
 };
 
-// Prints a table; with `json_path`, writes the same as one JSON object. Weights come from memory,
-// not from a cache: they rotate through a buffer of up to 2 GiB. Every line carries its percentage
-// of the read bandwidth and of the peak of the dot product instruction, measured while that line
-// was. Takes about 20 seconds. The error of ChooseCpuKernels, or of
-// writing the file.
+// Prints two tables, all of the matrices and live lines of them only; with `json_path`, writes the
+// same as one JSON object. Weights come from memory, not from a cache: they rotate through a buffer
+// of up to 2 GiB. Every line carries its percentage of the read bandwidth and of the peak of the
+// dot product instruction, measured while that line was. Takes about half a minute. The error of
+// ChooseCpuKernels, or of writing the file.
 absl::Status BenchKernels(const BenchKernelsOptions& options);
 
 }  // namespace ternion::launcher

@@ -68,7 +68,8 @@ absl::Status CheckTensor(const std::string& name, const TensorView& tensor,
 
 // Ternarizes float master weights [rows, columns] by their mean magnitude, row by row.
 absl::StatusOr<kernels::OwnedTernaryMatrix> Ternarize(const std::string& name,
-                                                      const TensorView& tensor) {
+                                                      const TensorView& tensor,
+                                                      kernels::TernaryLayout layout) {
   const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
   std::vector<float> row(columns);
   double sum = 0;
@@ -81,9 +82,8 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Ternarize(const std::string& name,
     return absl::InvalidArgumentError(absl::StrCat(name, " holds a NaN or infinite weight"));
   }
   const float g = std::max(mean, 1e-5f);
-  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, g);
+  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, g, layout);
   std::vector<int8_t> panel(kernels::kPanelRows * columns);
-  const int64_t panel_bytes = matrix.view.panel_bytes();
   for (int64_t begin = 0; begin < rows; begin += kernels::kPanelRows) {
     const int64_t count = std::min<int64_t>(kernels::kPanelRows, rows - begin);
     for (int64_t r = 0; r < count; ++r) {
@@ -93,8 +93,7 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Ternarize(const std::string& name,
         panel[r * columns + c] = static_cast<int8_t>(q > 0 ? 1 : q < 0 ? -1 : 0);
       }
     }
-    kernels::PackTernary(panel.data(), 0, count, columns,
-                         matrix.codes.data() + begin / kernels::kPanelRows * panel_bytes);
+    kernels::PackTernary(panel.data(), begin, begin + count, matrix);
   }
   return matrix;
 }
@@ -140,16 +139,15 @@ absl::Status Checkpoint::CheckTernary(const std::string& name, int64_t rows,
   return online ? absl::OkStatus() : tensors_.Get(name + ".weight_scale").status();
 }
 
-absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::LoadTernary(const std::string& name,
-                                                                    int64_t rows,
-                                                                    int64_t columns) const {
+absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::LoadTernary(
+    const std::string& name, int64_t rows, int64_t columns, kernels::TernaryLayout layout) const {
   TERNION_RETURN_IF_ERROR(CheckTernary(name, rows, columns));
   const std::string weight = name + ".weight";
   const TensorView& tensor = *tensors_.Find(weight);
-  if (config_.quantization.online) return Ternarize(weight, tensor);
+  if (config_.quantization.online) return Ternarize(weight, tensor, layout);
   TERNION_ASSIGN_OR_RETURN(const float scale, LoadScale(name + ".weight_scale"));
-  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale);
-  if (!kernels::RepackHf(tensor.data.data(), rows, columns, 0, rows, matrix.codes.data())) {
+  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale, layout);
+  if (!kernels::RepackHf(tensor.data.data(), 0, rows, matrix)) {
     return absl::InvalidArgumentError(
         absl::StrCat(weight, " holds the code 3, which is no ternary weight"));
   }

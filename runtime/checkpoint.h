@@ -31,8 +31,9 @@ class Checkpoint {
   // `name`.weight as a packed ternary matrix [rows, columns]: repacked from HF codes, or ternarized
   // from float master weights (NUMERICS.md, Weights). weight_scale is read by its meaning in this
   // checkpoint.
-  absl::StatusOr<kernels::OwnedTernaryMatrix> LoadTernary(const std::string& name, int64_t rows,
-                                                          int64_t columns) const;
+  absl::StatusOr<kernels::OwnedTernaryMatrix> LoadTernary(
+      const std::string& name, int64_t rows, int64_t columns,
+      kernels::TernaryLayout layout = kernels::TernaryLayout::kPanels) const;
   // The checks of LoadTernary that need no weight bytes: presence, type, shape.
   absl::Status CheckTernary(const std::string& name, int64_t rows, int64_t columns) const;
 

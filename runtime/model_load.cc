@@ -11,18 +11,20 @@ namespace ternion::runtime {
 namespace {
 
 using base::ExpertId;
+using kernels::TernaryLayout;
 
 // Matrices to load, in parallel. Jobs write to distinct places.
 class LoadJobs {
  public:
   explicit LoadJobs(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
 
-  void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out) {
+  void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out,
+               TernaryLayout layout = TernaryLayout::kPanels) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
-      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns));
+      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, layout));
       return absl::OkStatus();
     });
-    bytes_ += kernels::TernaryBytes(rows, columns);
+    bytes_ += kernels::TernaryBytes(rows, columns, layout);
   }
   void Dense(std::string name, int64_t rows, int64_t columns, OwnedDenseMatrix* out) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
@@ -37,11 +39,15 @@ class LoadJobs {
       return absl::OkStatus();
     });
   }
+  // relu2 leaves many outputs of up unused and inputs of down 0: their codes need not be read.
   void Ffn(const std::string& name, int64_t hidden, int64_t intermediate,
            experts::FfnWeights* out) {
+    const bool sparse = checkpoint_.config().activation == kernels::Activation::kRelu2;
     Ternary(name + ".gate_proj", intermediate, hidden, &out->gate);
-    Ternary(name + ".up_proj", intermediate, hidden, &out->up);
-    Ternary(name + ".down_proj", hidden, intermediate, &out->down);
+    Ternary(name + ".up_proj", intermediate, hidden, &out->up,
+            sparse ? TernaryLayout::kRows : TernaryLayout::kPanels);
+    Ternary(name + ".down_proj", hidden, intermediate, &out->down,
+            sparse ? TernaryLayout::kColumns : TernaryLayout::kPanels);
   }
 
   // Runs all jobs; the error of the first failing job in order, so that it does not depend on
@@ -108,7 +114,8 @@ void AddAttention(const ModelConfig& config, const std::string& name, AttentionW
   jobs.Ternary(name + ".q_proj", config.q_dim(), config.hidden, &out.q);
   jobs.Ternary(name + ".k_proj", config.kv_dim(), config.hidden, &out.k);
   jobs.Ternary(name + ".v_proj", config.kv_dim(), config.hidden, &out.v);
-  jobs.Ternary(name + ".o_proj", config.hidden, config.q_dim(), &out.o);
+  jobs.Ternary(name + ".o_proj", config.hidden, config.q_dim(), &out.o,
+               config.act_bits == 4 ? TernaryLayout::kColumns : TernaryLayout::kPanels);
   if (config.qk_norms) {
     jobs.Vector(name + ".q_norm.weight", config.head_dim, &out.q_norm);
     jobs.Vector(name + ".k_norm.weight", config.head_dim, &out.k_norm);

@@ -70,15 +70,52 @@ inline F32x16 RoundWithin(const F32x16& x, float low, float high) {
   return Round(Min(Max(x, Set1(low)), Set1(high)));
 }
 
+// A threshold that the k largest of dim floats >= 0 reach, with all that equal the least of them,
+// and no others (1 <= k <= dim); `largest` is no less than any. Floats >= 0 are ordered like their
+// bits: these are bisected. A NaN counts as reaching everything.
+inline float TopThreshold(const float* x, int64_t dim, int64_t k, float largest) {
+  static_assert(kMaxColumns <= 1 << 24);  // counts are exact floats
+  uint32_t low = 0, high;
+  std::memcpy(&high, &largest, sizeof(high));
+  float threshold = 0;
+  for (++high; high - low > 1;) {  // at least k reach low, fewer than k reach high
+    const uint32_t middle = low + (high - low) / 2;
+    float candidate;
+    std::memcpy(&candidate, &middle, sizeof(candidate));
+    F32x16 count = Zero();
+    ForEachVector(dim, [&](int64_t i, int64_t n) {
+      const F32x16 reach = IfLess(LoadN(x + i, n), Set1(candidate), Zero(), Set1(1.0f));
+      count = count + FirstN(reach, n, Zero());
+    });
+    const int64_t reached = static_cast<int64_t>(Sum(count));
+    if (reached < k) {
+      high = middle;
+      continue;
+    }
+    low = middle;
+    threshold = candidate;
+    if (reached == k) break;
+  }
+  return threshold;
+}
+
+// `magnitudes`: null, or room for dim floats; then only the larger half is kept.
 inline void QuantizeRow8(const RowValues& values, const QuantizedRows& out, int64_t row,
-                         float* normed) {
+                         float* normed, float* magnitudes) {
   F32x16 largest = Set1(1e-5f);
-  ForEachVector(out.dim, [&](int64_t i, int64_t n) { largest = Max(Abs(values(i, n)), largest); });
+  ForEachVector(out.dim, [&](int64_t i, int64_t n) {
+    const F32x16 magnitude = Abs(values(i, n));
+    if (magnitudes != nullptr) StoreN(magnitude, magnitudes + i, n);
+    largest = Max(magnitude, largest);
+  });
   const float absmax = MaxLane(largest);
   const F32x16 scale = Set1(127.0f / absmax);
   out.scales[row] = absmax / 127.0f;
+  const auto code_of = [&](const F32x16& v) { return RoundWithin(v * scale, -128.0f, 127.0f); };
+  if (magnitudes == nullptr) return StoreCodes(values, out, row, normed, code_of);
+  const F32x16 least = Set1(TopThreshold(magnitudes, out.dim, out.dim - out.dim / 2, absmax));
   StoreCodes(values, out, row, normed,
-             [&](const F32x16& v) { return RoundWithin(v * scale, -128.0f, 127.0f); });
+             [&](const F32x16& v) { return IfLess(Abs(v), least, Zero(), code_of(v)); });
 }
 
 inline void QuantizeRow4(const RowValues& values, const QuantizedRows& out, int64_t row,
@@ -94,17 +131,24 @@ inline void QuantizeRow4(const RowValues& values, const QuantizedRows& out, int6
 }
 
 void Quantize(const QuantizeArgs& args, Executor& executor) {
+  static_assert(kMaxColumns * sizeof(float) <= base::kScratchBytesPerThread);
   const int64_t dim = args.out.dim;
-  ForEachRow(args.out.num_rows, 2 * dim, executor, [&](int64_t row) {
+  const auto quantize = [&](int64_t row, int thread) {
     RowValues values = {args.x + row * args.x_stride, args.weight, Zero()};
     if (args.weight != nullptr) values.inverse_rms = Set1(InverseRms(values.x, dim, args.eps));
     float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;
     if (args.bits == 4) {
       QuantizeRow4(values, args.out, row, normed);
     } else {
-      QuantizeRow8(values, args.out, row, normed);
+      float* scratch = reinterpret_cast<float*>(executor.threads->scratch(thread));
+      QuantizeRow8(values, args.out, row, normed, args.top_half ? scratch : nullptr);
     }
-  });
+  };
+  const int64_t work = (args.top_half ? 20 : 2) * dim;
+  executor.threads->ParallelFor(args.out.num_rows, MinUnits(work),
+                                [&](int64_t begin, int64_t end, int thread) {
+                                  for (int64_t row = begin; row < end; ++row) quantize(row, thread);
+                                });
 }
 
 void GatherRows(const GatherRowsArgs& args, Executor& executor) {
@@ -155,6 +199,11 @@ inline F32x16 Relu2(const F32x16& x) {
   const F32x16 positive = Max(Zero(), x);
   return positive * positive;
 }
+// 0 where x <= 0, even if y is NaN there. The smallest float is the first above 0.
+inline F32x16 Relu2Times(const F32x16& x, const F32x16& y) {
+  constexpr float kSmallest = 1.40129846e-45f;
+  return IfLess(x, Set1(kSmallest), Zero(), Relu2(x) * y);
+}
 inline F32x16 Silu(const F32x16& x) { return x / (Set1(1.0f) + Exp(Zero() - x)); }
 
 void Glu(const GluArgs& args, Executor& executor) {
@@ -168,7 +217,7 @@ void Glu(const GluArgs& args, Executor& executor) {
       });
     } else {
       ForEachVector(args.dim, [&](int64_t i, int64_t n) {
-        StoreN(Relu2(LoadN(gate + i, n)) * LoadN(up + i, n), out + i, n);
+        StoreN(Relu2Times(LoadN(gate + i, n), LoadN(up + i, n)), out + i, n);
       });
     }
   });

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/ternary_blocking.h"
+#include "kernels/cpu/ternary_lines.h"
 
 namespace ternion::kernels {
 
@@ -168,6 +169,76 @@ struct Micro256 {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64 * f), Field(block, f));
       }
     }
+  }
+};
+
+// See ternary_lines.h.
+template <typename Instr>
+struct Vec256 {
+  using Int = __m256i;
+  static constexpr int kBytes = 32;
+  static constexpr int64_t kMaxSums = Instr::kMaxSums;
+  static constexpr int kColumnSums = 8;
+  static constexpr int kMaxLineSums = 2;
+  static_assert(kStretchQuads <= kMaxSums);
+
+  static Int Zero() { return _mm256_setzero_si256(); }
+  static Int Set1(char x) { return _mm256_set1_epi8(x); }
+  static Int Load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static Int Broadcast(const int8_t* x) { return Micro256<Instr>::Broadcast(x); }
+  static void StoreLanes(Int v, uint8_t* out, int64_t stride) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm256_extracti128_si256(v, 1));
+  }
+
+  static Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
+  static Int Add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int Sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static Int Splat(int32_t x) { return _mm256_set1_epi32(x); }
+  static Int Scale(Int a, float scale) {
+    return _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps(scale)));
+  }
+  template <int kShift>
+  static Int Srli(Int a) {
+    return _mm256_srli_epi16(a, kShift);
+  }
+  template <int kShift>
+  static Int Slli(Int a) {
+    return _mm256_slli_epi16(a, kShift);
+  }
+  static Int UnpackLo8(Int a, Int b) { return _mm256_unpacklo_epi8(a, b); }
+  static Int UnpackHi8(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
+  static Int UnpackLo16(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
+  static Int UnpackHi16(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
+  static Int UnpackLo32(Int a, Int b) { return _mm256_unpacklo_epi32(a, b); }
+  static Int UnpackHi32(Int a, Int b) { return _mm256_unpackhi_epi32(a, b); }
+  static Int UnpackLo64(Int a, Int b) { return _mm256_unpacklo_epi64(a, b); }
+  static Int UnpackHi64(Int a, Int b) { return _mm256_unpackhi_epi64(a, b); }
+
+  template <int>
+  static Int Field(Int v, int f) {
+    return Micro256<Instr>::Field(v, f);
+  }
+  static void Dot(Int& sum, Int codes, Int x) { sum = Instr::Add(sum, codes, x); }
+  template <int>
+  static Int Total(Int sum, int) {
+    return Instr::Widen(sum);
+  }
+  static void AddTo(int32_t* sums, Int v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), Add(Load(sums), v));
+  }
+  static __m128i SumEach(const Int v[4]) {
+    const Int v01 = Add(UnpackLo32(v[0], v[1]), UnpackHi32(v[0], v[1]));
+    const Int v23 = Add(UnpackLo32(v[2], v[3]), UnpackHi32(v[2], v[3]));
+    const Int all = Add(UnpackLo64(v01, v23), UnpackHi64(v01, v23));
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  }
+  // Writes first + i for each bit i of 16; returns how many.
+  static int64_t ListBits(int bits, int64_t first, int32_t* list) {
+    int32_t* const begin = list;
+    for (; bits != 0; bits &= bits - 1) *list++ = static_cast<int32_t>(first) + __builtin_ctz(bits);
+    return list - begin;
   }
 };
 

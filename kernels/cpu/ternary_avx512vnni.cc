@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/ternary_blocking.h"
+#include "kernels/cpu/ternary_lines.h"
 
 namespace ternion::kernels::avx512vnni {
 namespace {
@@ -162,9 +163,91 @@ struct Micro {
   }
 };
 
+// See ternary_lines.h. Fields stay in place.
+struct Vec {
+  using Int = __m512i;
+  static constexpr int kBytes = 64;
+  static constexpr int64_t kMaxSums = int64_t{1} << 30;
+  static constexpr int kColumnSums = 16;
+  static constexpr int kMaxLineSums = 4;
+
+  static Int Zero() { return _mm512_setzero_si512(); }
+  static Int Set1(char x) { return _mm512_set1_epi8(x); }
+  static Int Load(const void* p) { return _mm512_loadu_si512(p); }
+  static Int Broadcast(const int8_t* x) {
+    return _mm512_set1_epi32(reinterpret_cast<const Dword*>(x)->value);
+  }
+  // 128-bit lanes, `stride` bytes apart.
+  static void StoreLanes(Int v, uint8_t* out, int64_t stride) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm512_extracti32x4_epi32(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * stride), _mm512_extracti32x4_epi32(v, 2));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 3 * stride), _mm512_extracti32x4_epi32(v, 3));
+  }
+
+  static Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
+  static Int Add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int Sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static Int Splat(int32_t x) { return _mm512_set1_epi32(x); }
+  static Int Scale(Int a, float scale) {
+    return _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(scale)));
+  }
+  template <int kShift>
+  static Int Srli(Int a) {
+    return _mm512_srli_epi16(a, kShift);
+  }
+  template <int kShift>
+  static Int Slli(Int a) {
+    return _mm512_slli_epi16(a, kShift);
+  }
+  static Int UnpackLo8(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
+  static Int UnpackHi8(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
+  static Int UnpackLo16(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
+  static Int UnpackHi16(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
+  static Int UnpackLo32(Int a, Int b) { return _mm512_unpacklo_epi32(a, b); }
+  static Int UnpackHi32(Int a, Int b) { return _mm512_unpackhi_epi32(a, b); }
+  static Int UnpackLo64(Int a, Int b) { return _mm512_unpacklo_epi64(a, b); }
+  static Int UnpackHi64(Int a, Int b) { return _mm512_unpackhi_epi64(a, b); }
+
+  template <int kPlaces>
+  static Int Field(Int v, int f) {
+    return avx512vnni::Field<kPlaces>(v, f);
+  }
+  static void Dot(Int& sum, Int codes, Int x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));  // see AddDot
+  }
+  template <int kPlaces>
+  static Int Total(Int sum, int f) {
+    return _mm512_srai_epi32(sum, 2 * (f % kPlaces));
+  }
+  static void AddTo(int32_t* sums, Int v) {
+    _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), v));
+  }
+  // The sum of all lanes of each of four vectors.
+  static __m128i SumEach(const Int v[4]) {
+    const Int v01 = Add(UnpackLo32(v[0], v[1]), UnpackHi32(v[0], v[1]));
+    const Int v23 = Add(UnpackLo32(v[2], v[3]), UnpackHi32(v[2], v[3]));
+    const Int all = Add(UnpackLo64(v01, v23), UnpackHi64(v01, v23));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
+  // Writes first + i for each bit i of 16; returns how many. May write 16.
+  static int64_t ListBits(int bits, int64_t first, int32_t* list) {
+    const __m512i all =
+        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all));
+    return __builtin_popcount(bits);
+  }
+};
+
 }  // namespace
 
-void RunPanels(const PanelRun& run) { RunPanelsWith<Micro>(run); }
+void RunPanels(const TernaryRun& run) { RunPanelsWith<Micro>(run); }
+void RunRows(const TernaryRun& run) { RunRowsWith<Micro, Vec>(run); }
+void RunColumns(const TernaryRun& run) { RunColumnsWith<Micro, Vec>(run); }
 
 int64_t DotLoop(int64_t iterations) {
   constexpr int kChains = 24;

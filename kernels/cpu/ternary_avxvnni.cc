@@ -17,7 +17,9 @@ struct Instr {
 
 }  // namespace
 
-void RunPanels(const PanelRun& run) { RunPanelsWith<Micro256<Instr>>(run); }
+void RunPanels(const TernaryRun& run) { RunPanelsWith<Micro256<Instr>>(run); }
+void RunRows(const TernaryRun& run) { RunRowsWith<Micro256<Instr>, Vec256<Instr>>(run); }
+void RunColumns(const TernaryRun& run) { RunColumnsWith<Micro256<Instr>, Vec256<Instr>>(run); }
 
 int64_t DotLoop(int64_t iterations) { return DotLoop256<Instr>(iterations); }
 

@@ -49,6 +49,7 @@ constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kBlockInputs = 16;
 constexpr int64_t kBlockSize = 64;  // bytes, packed
 constexpr int64_t kUnpackedBlockSize = 4 * kBlockSize;
+constexpr int64_t kLinePanels = kLineOutputs / kPanelOutputs;
 constexpr int64_t kScratchSize = int64_t{1} << 20;  // base::kScratchBytesPerThread
 
 // A stretch is 2,048 columns: sums are loaded and stored rarely, and kRowBlock rows of it (528 KB)
@@ -56,7 +57,9 @@ constexpr int64_t kScratchSize = int64_t{1} << 20;  // base::kScratchBytesPerThr
 constexpr int64_t kStretchBlocks = 128;
 constexpr int64_t kRowBlock = 264;
 constexpr int64_t kUnpackedPanelSize = kStretchBlocks * kUnpackedBlockSize;
-static_assert(kUnpackedPanelSize + kRowBlock * kStretchBlocks * kBlockInputs <= kScratchSize);
+constexpr int64_t kTileRowsSize = kRowBlock * kStretchBlocks * kBlockInputs;
+constexpr int64_t kConvertedSize = kLinePanels * (kStretchBlocks + 1) * kBlockSize;
+static_assert(kUnpackedPanelSize + kTileRowsSize + kConvertedSize <= kScratchSize);
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -68,7 +71,7 @@ static inline void ForPieces(int64_t count, int64_t max, const Body& body) {
 }
 
 // One panel, rows [row_begin, row_end).
-static inline OutputTile Outputs(const PanelRun& run, int64_t panel, int64_t row_begin,
+static inline OutputTile Outputs(const TernaryRun& run, int64_t panel, int64_t row_begin,
                                  int64_t row_end) {
   const int64_t output = panel * kPanelOutputs;
   return {run.y + row_begin * run.y_stride + output,
@@ -80,7 +83,7 @@ static inline OutputTile Outputs(const PanelRun& run, int64_t panel, int64_t row
           run.x_sums + row_begin};
 }
 
-static inline int64_t NumPanels(const PanelRun& run) {
+static inline int64_t NumPanels(const TernaryRun& run) {
   return (run.num_outputs + kPanelOutputs - 1) / kPanelOutputs;
 }
 
@@ -97,13 +100,25 @@ static inline void InterleaveRows(const int8_t* x, int64_t x_stride, int64_t num
   });
 }
 
+// How StreamPanels and TilePanels get at blocks of a panel (packed): here they lie in memory.
+// Panels are asked for in ascending order, all with the same blocks, before the next blocks are.
+struct PanelBlocks {
+  // Scratch that Get needs when asked for all blocks of panels.
+  static constexpr int64_t ScratchSize(int64_t) { return 0; }
+  static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin, int64_t,
+                            uint8_t*) {
+    return run.codes + panel * run.stride_bytes + block_begin * kBlockSize;
+  }
+};
+
 // Few rows: every panel is read once from memory; further pieces of rows find it in L1 or L2.
-template <typename Micro>
-static void StreamPanels(const PanelRun& run) {
-  int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
+template <typename Micro, typename Blocks>
+static void StreamPanels(const TernaryRun& run) {
+  uint8_t* const converted = run.scratch;
+  int8_t* const x = reinterpret_cast<int8_t*>(converted + Blocks::ScratchSize(run.num_blocks));
   InterleaveRows(run.x, run.x_stride, run.num_rows, Micro::kStreamRows, run.num_blocks, x);
   for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
-    const uint8_t* codes = run.codes + panel * run.num_blocks * kBlockSize;
+    const uint8_t* codes = Blocks::Get(run, panel, 0, run.num_blocks, converted);
     ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
       Micro::Stream({codes, x + begin * run.num_blocks * kBlockInputs, run.num_blocks,
                      Outputs(run, panel, begin, end)});
@@ -112,17 +127,18 @@ static void StreamPanels(const PanelRun& run) {
 }
 
 // Rows [row_begin, row_end) times the blocks [block_begin, block_end) of all panels.
-template <typename Micro>
-static void TileBlock(const PanelRun& run, int64_t row_begin, int64_t row_end, int64_t block_begin,
-                      int64_t block_end) {
+template <typename Micro, typename Blocks>
+static void TileBlock(const TernaryRun& run, int64_t row_begin, int64_t row_end,
+                      int64_t block_begin, int64_t block_end) {
   const int64_t num_rows = row_end - row_begin, num_blocks = block_end - block_begin;
   uint8_t* const unpacked = run.scratch;
   int8_t* const x = reinterpret_cast<int8_t*>(run.scratch + kUnpackedPanelSize);
+  uint8_t* const converted = run.scratch + kUnpackedPanelSize + kTileRowsSize;
   InterleaveRows(run.x + row_begin * run.x_stride + block_begin * kBlockInputs, run.x_stride,
                  num_rows, Micro::kTileRows, num_blocks, x);
   for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
-    const int64_t first_block = panel * run.num_blocks + block_begin;
-    Micro::Unpack(run.codes + first_block * kBlockSize, num_blocks, unpacked);
+    Micro::Unpack(Blocks::Get(run, panel, block_begin, num_blocks, converted), num_blocks,
+                  unpacked);
     ForPieces(num_rows, Micro::kTileRows, [&](int64_t begin, int64_t end) {
       Micro::Tile({unpacked, x + begin * num_blocks * kBlockInputs, num_blocks, block_begin == 0,
                    block_end == run.num_blocks,
@@ -132,22 +148,23 @@ static void TileBlock(const PanelRun& run, int64_t row_begin, int64_t row_end, i
 }
 
 // Many rows: codes are unpacked once per block of rows and reused from cache.
-template <typename Micro>
-static void TilePanels(const PanelRun& run) {
+template <typename Micro, typename Blocks>
+static void TilePanels(const TernaryRun& run) {
   ForPieces(run.num_rows, kRowBlock, [&](int64_t row_begin, int64_t row_end) {
     ForPieces(run.num_blocks, kStretchBlocks, [&](int64_t block_begin, int64_t block_end) {
-      TileBlock<Micro>(run, row_begin, row_end, block_begin, block_end);
+      TileBlock<Micro, Blocks>(run, row_begin, row_end, block_begin, block_end);
     });
   });
 }
 
-template <typename Micro>
-static void RunPanelsWith(const PanelRun& run) {
-  const bool rows_fit = run.num_rows * run.num_blocks * kBlockInputs <= kScratchSize;
-  if (run.num_rows <= Micro::kMaxStreamedRows && rows_fit) {
-    StreamPanels<Micro>(run);
+template <typename Micro, typename Blocks = PanelBlocks>
+static void RunPanelsWith(const TernaryRun& run) {
+  const int64_t x_size = run.num_rows * run.num_blocks * kBlockInputs;
+  const bool fits = x_size + Blocks::ScratchSize(run.num_blocks) <= kScratchSize;
+  if (run.num_rows <= Micro::kMaxStreamedRows && fits) {
+    StreamPanels<Micro, Blocks>(run);
   } else {
-    TilePanels<Micro>(run);
+    TilePanels<Micro, Blocks>(run);
   }
 }
 

@@ -16,53 +16,75 @@ constexpr int64_t kFetchCost = 4;
 // Below this cost per thread (a few microseconds) waking the others takes longer than it saves.
 constexpr int64_t kMinCostPerThread = 8192;
 
-int64_t NumBlocks(const TernaryGroup& group) {
-  return base::CeilDiv(group.weights.columns, kBlockColumns);
+// Each thread gets whole multiples of as many outputs as share cache lines of weights.
+int64_t OutputsPerUnit(const TernaryGroup& group) {
+  return group.weights.layout == TernaryLayout::kColumns ? kLineOutputs : kPanelRows;
 }
 
-int64_t PanelCost(const TernaryGroup& group) {
-  return group.num_rows > 0 ? NumBlocks(group) * (kFetchCost + group.num_rows) : 0;
+// Cost of a unit, all of its codes read: which of them are not is known only later.
+int64_t UnitCost(const TernaryGroup& group) {
+  const int64_t blocks = group.weights.num_blocks() * (OutputsPerUnit(group) / kPanelRows);
+  return group.num_rows > 0 ? blocks * (kFetchCost + group.num_rows) : 0;
 }
 
-PanelRun MakeRun(const QuantizedRows& x, const TernaryGroup& group, int64_t first_panel,
-                 int64_t last_panel, uint8_t* scratch) {
+// Outputs [begin, end) of the group, begin at a unit.
+TernaryRun MakeRun(const QuantizedRows& x, const TernaryGroup& group, int64_t begin, int64_t end,
+                   uint8_t* scratch) {
   const TernaryMatrix& weights = group.weights;
   const QuantizedRows rows = x.Slice(group.row_begin, group.num_rows);
-  const int64_t first_output = first_panel * kPanelRows;
-  return {.codes = weights.codes + first_panel * weights.panel_bytes(),
-          .num_blocks = NumBlocks(group),
-          .num_outputs = std::min(last_panel * kPanelRows, weights.rows) - first_output,
+  return {.codes = weights.codes + weights.GranuleOffset(begin, 0),
+          .stride_bytes = weights.stride_bytes(),
+          .num_blocks = weights.num_blocks(),
+          .num_outputs = end - begin,
           .weight_scale = weights.scale,
           .x = rows.codes,
           .x_stride = rows.stride,
           .x_scales = rows.scales,
           .x_sums = rows.sums,
           .num_rows = rows.num_rows,
-          .y = group.y + first_output,
+          .y = group.y + begin,
           .y_stride = group.y_stride,
+          .gate = group.gate == nullptr ? nullptr : group.gate + begin,
           .scratch = scratch};
 }
 
+// A variant's arithmetic, by layout.
+struct Variant {
+  void (*panels)(const TernaryRun&);
+  void (*rows)(const TernaryRun&);
+  void (*columns)(const TernaryRun&);
+
+  void Run(TernaryLayout layout, const TernaryRun& run) const {
+    (layout == TernaryLayout::kPanels ? panels
+     : layout == TernaryLayout::kRows ? rows
+                                      : columns)(run);
+  }
+};
+
 // All groups lie one after another on a line of cost; each thread takes one stretch of it, that is,
-// the panels that begin there: contiguous weights, and no two threads in one panel.
-void Matmul(const TernaryMatmulArgs& args, Executor& executor,
-            void (*run_panels)(const PanelRun&)) {
+// the units that begin there: contiguous weights, and no two threads in one panel.
+void Matmul(const TernaryMatmulArgs& args, Executor& executor, const Variant& variant) {
+  const auto num_units = [](const TernaryGroup& group) {
+    return base::CeilDiv(group.weights.rows, OutputsPerUnit(group));
+  };
   int64_t total = 0;
-  for (const TernaryGroup& group : args.groups)
-    total += PanelCost(group) * group.weights.num_panels();
+  for (const TernaryGroup& group : args.groups) total += UnitCost(group) * num_units(group);
 
   base::ThreadPool& threads = *executor.threads;
   threads.ParallelFor(total, kMinCostPerThread, [&](int64_t begin, int64_t end, int thread) {
     for (const TernaryGroup& group : args.groups) {
-      const int64_t panel_cost = PanelCost(group);
-      if (panel_cost == 0) continue;
-      const int64_t num_panels = group.weights.num_panels();
-      const int64_t first = base::CeilDiv(std::max<int64_t>(begin, 0), panel_cost);
-      const int64_t last =
-          std::min(base::CeilDiv(std::max<int64_t>(end, 0), panel_cost), num_panels);
-      if (first < last) run_panels(MakeRun(args.x, group, first, last, threads.scratch(thread)));
-      begin -= panel_cost * num_panels;
-      end -= panel_cost * num_panels;
+      const int64_t cost = UnitCost(group), outputs = OutputsPerUnit(group);
+      if (cost == 0) continue;
+      const int64_t units = num_units(group);
+      const int64_t first = base::CeilDiv(std::max<int64_t>(begin, 0), cost);
+      const int64_t last = std::min(base::CeilDiv(std::max<int64_t>(end, 0), cost), units);
+      if (first < last) {
+        variant.Run(group.weights.layout,
+                    MakeRun(args.x, group, first * outputs,
+                            std::min(last * outputs, group.weights.rows), threads.scratch(thread)));
+      }
+      begin -= cost * units;
+      end -= cost * units;
     }
   });
 }
@@ -71,25 +93,25 @@ void Matmul(const TernaryMatmulArgs& args, Executor& executor,
 
 namespace scalar {
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
-  Matmul(args, executor, RunPanels);
+  Matmul(args, executor, {RunPanels, RunRows, RunColumns});
 }
 }  // namespace scalar
 
 namespace avx2 {
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
-  Matmul(args, executor, RunPanels);
+  Matmul(args, executor, {RunPanels, RunRows, RunColumns});
 }
 }  // namespace avx2
 
 namespace avxvnni {
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
-  Matmul(args, executor, RunPanels);
+  Matmul(args, executor, {RunPanels, RunRows, RunColumns});
 }
 }  // namespace avxvnni
 
 namespace avx512vnni {
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
-  Matmul(args, executor, RunPanels);
+  Matmul(args, executor, {RunPanels, RunRows, RunColumns});
 }
 }  // namespace avx512vnni
 

@@ -17,23 +17,29 @@ inline std::vector<float> RandomFloats(size_t count, std::mt19937& random) {
   return values;
 }
 
-inline kernels::OwnedTernaryMatrix RandomTernary(int64_t rows, int64_t columns,
-                                                 std::mt19937& random) {
+inline kernels::OwnedTernaryMatrix RandomTernary(
+    int64_t rows, int64_t columns, std::mt19937& random,
+    kernels::TernaryLayout layout = kernels::TernaryLayout::kPanels) {
   std::vector<int8_t> weights(rows * columns);
   for (int8_t& weight : weights) weight = static_cast<int8_t>(random() % 3) - 1;
   const float scale = 0.5f + static_cast<float>(random() % 1000) / 1000.0f;
-  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale);
-  kernels::PackTernary(weights.data(), 0, rows, columns, matrix.codes.data());
+  kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale, layout);
+  kernels::PackTernary(weights.data(), 0, rows, matrix);
   return matrix;
 }
 
-// The weights of expert `expert` of `layer`: the same wherever it is made.
-inline FfnWeights MakeExpert(int layer, int expert, int64_t hidden, int64_t intermediate) {
+// The weights of expert `expert` of `layer`: the same wherever it is made. `sparse`: laid out so
+// that relu2 can skip codes.
+inline FfnWeights MakeExpert(int layer, int expert, int64_t hidden, int64_t intermediate,
+                             bool sparse = false) {
+  using kernels::TernaryLayout;
+  const TernaryLayout up = sparse ? TernaryLayout::kRows : TernaryLayout::kPanels;
+  const TernaryLayout down = sparse ? TernaryLayout::kColumns : TernaryLayout::kPanels;
   std::mt19937 random(layer * 1000 + expert);
   FfnWeights weights;
   weights.gate = RandomTernary(intermediate, hidden, random);
-  weights.up = RandomTernary(intermediate, hidden, random);
-  weights.down = RandomTernary(hidden, intermediate, random);
+  weights.up = RandomTernary(intermediate, hidden, random, up);
+  weights.down = RandomTernary(hidden, intermediate, random, down);
   return weights;
 }
 

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -38,7 +39,8 @@ class ShardCase {
     for (int expert = 0; expert < shape.num_experts; ++expert) {
       if (expert % 3 == 2) continue;
       held_.push_back(expert);
-      shard_.Set(ExpertId{expert}, MakeExpert(0, expert, shape.hidden, shape.intermediate));
+      const bool sparse = shape.activation == kernels::Activation::kRelu2;
+      shard_.Set(ExpertId{expert}, MakeExpert(0, expert, shape.hidden, shape.intermediate, sparse));
     }
     MakeRows(random);
   }
@@ -162,6 +164,42 @@ TEST(Shard, WorkspaceIsReused) {
     const comm::ReceivedRows none;
     many.shard().Run(*kernels::SelectCpuKernels(""), executor, many.config(), none, presum,
                      workspace, nullptr);
+  }
+}
+
+// relu2 skips codes when up and down lie in lines; the results are the same bits. Few and many
+// rows.
+TEST(RunFfn, SkippingCodesChangesNothing) {
+  std::mt19937 random(5);
+  for (const auto& [hidden, intermediate] : {std::pair<int64_t, int64_t>{300, 270}, {64, 33}}) {
+    const FfnWeights dense = MakeExpert(0, 1, hidden, intermediate);
+    const FfnWeights sparse = MakeExpert(0, 1, hidden, intermediate, /*sparse=*/true);
+    const std::vector<float> sub_norm = RandomFloats(intermediate, random);
+    for (int64_t num_rows : {1, 3, 20, 70}) {
+      const std::vector<float> x = RandomFloats(num_rows * hidden, random);
+      kernels::QuantizedBuffer codes(num_rows, hidden);
+      FfnWorkspace workspace(num_rows, intermediate);
+      const auto run = [&](const char* isa, const FfnWeights& weights,
+                           kernels::Activation activation) {
+        base::ThreadPool threads(2);
+        kernels::Executor executor{.threads = &threads};
+        const kernels::Kernels& table = *kernels::SelectCpuKernels(isa);
+        table.quantize({.x = x.data(), .out = codes.rows(num_rows), .x_stride = hidden}, executor);
+        const FfnGroup groups[] = {{&weights, 0, num_rows / 2},
+                                   {&weights, num_rows / 2, num_rows - num_rows / 2}};
+        std::vector<float> y(num_rows * hidden);
+        RunFfn(table, executor, {hidden, intermediate, activation, sub_norm.data(), 1e-5f},
+               codes.rows(num_rows), groups, workspace, y.data());
+        return y;
+      };
+      for (auto activation : {kernels::Activation::kSilu, kernels::Activation::kRelu2}) {
+        const std::vector<float> expected = run("scalar", dense, activation);
+        for (const char* isa : kernels::AvailableIsas()) {
+          EXPECT_EQ(run(isa, dense, activation), expected) << isa << ", " << num_rows << " rows";
+          EXPECT_EQ(run(isa, sparse, activation), expected) << isa << ", " << num_rows << " rows";
+        }
+      }
+    }
   }
 }
 

@@ -1,4 +1,6 @@
 // Norms, quantization, activations and copies against plain code in double precision.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -196,6 +198,82 @@ TEST(Quantize, BrokenRowsStayInRange) {
   }
 }
 
+// Codes of rows whose top half is kept, with their sums.
+std::vector<int32_t> RunTopHalf(const Kernels& kernels, Executor& executor,
+                                const std::vector<float>& x, int64_t dim, const float* weight) {
+  const int64_t rows = static_cast<int64_t>(x.size()) / dim, stride = CodeStride(dim);
+  std::vector<int8_t> codes(rows * stride, 99);
+  std::vector<int32_t> sums(rows);
+  std::vector<float> scales(rows);
+  kernels.quantize({.x = x.data(),
+                    .weight = weight,
+                    .out = {codes.data(), scales.data(), sums.data(), rows, dim, stride},
+                    .x_stride = dim,
+                    .eps = 1e-6f,
+                    .top_half = true},
+                   executor);
+  std::vector<int32_t> all(codes.begin(), codes.end());
+  all.insert(all.end(), sums.begin(), sums.end());
+  for (float scale : scales) all.push_back(std::bit_cast<int32_t>(scale));
+  return all;
+}
+
+void CheckTopHalf(const std::vector<float>& x, int64_t dim) {
+  const std::vector<int32_t> all = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+    return RunTopHalf(kernels, executor, x, dim, nullptr);
+  });
+  const int64_t rows = static_cast<int64_t>(x.size()) / dim, stride = CodeStride(dim);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<float> sorted;
+    for (int64_t c = 0; c < dim; ++c) sorted.push_back(std::abs(x[r * dim + c]));
+    std::sort(sorted.rbegin(), sorted.rend());
+    const float least = sorted[dim - dim / 2 - 1];
+    std::vector<int32_t> codes;
+    float scale;
+    QuantizeReference(&x[r * dim], dim, 8, &codes, &scale);
+    int32_t sum = 0;
+    for (int64_t c = 0; c < dim; ++c) {
+      const int32_t want = std::abs(x[r * dim + c]) >= least ? codes[c] : 0;
+      ASSERT_EQ(all[r * stride + c], want) << "row " << r << " column " << c;
+      sum += want;
+    }
+    ASSERT_EQ(all[rows * stride + r], sum);
+    ASSERT_EQ(std::bit_cast<float>(all[rows * (stride + 1) + r]), scale);
+  }
+}
+
+TEST(Quantize, KeepsTheTopHalf) {
+  for (const Shape& shape : kShapes) {
+    SCOPED_TRACE(std::to_string(shape.dim) + " columns");
+    CheckTopHalf(RandomFloats(shape.rows * shape.dim, 30), shape.dim);
+    CheckTopHalf(RandomFloats(shape.rows * shape.dim, 31, 1e-9f), shape.dim);
+    std::vector<float> ties = RandomFloats(shape.rows * shape.dim, 32, 1.5f);
+    for (float& value : ties) value = std::nearbyint(value);  // many are equal, many 0
+    CheckTopHalf(ties, shape.dim);
+    CheckTopHalf(std::vector<float>(shape.dim, -2.5f), shape.dim);
+    CheckTopHalf(std::vector<float>(shape.dim, 0.0f), shape.dim);
+  }
+}
+
+TEST(Quantize, TopHalfLooksAtNormedRows) {
+  const int64_t dim = 100;
+  const std::vector<float> x = RandomFloats(3 * dim, 33), weight = RandomFloats(dim, 34);
+  std::vector<float> normed(x.size());
+  Executor executor = {&Threads(1)};
+  Fastest().rms_norm({x.data(), weight.data(), normed.data(), 3, dim, dim, dim, 1e-6f}, executor);
+  ExpectSameBits(RunTopHalf(Fastest(), executor, x, dim, weight.data()),
+                 RunTopHalf(Fastest(), executor, normed, dim, nullptr));
+}
+
+TEST(Quantize, TopHalfOfBrokenRowsIsBounded) {
+  for (const std::vector<float>& x :
+       {std::vector<float>{kNan, 1.0f, 2.0f, 3.0f, 4.0f}, std::vector<float>(40, kNan)}) {
+    OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+      return RunTopHalf(kernels, executor, x, static_cast<int64_t>(x.size()), nullptr);
+    });
+  }
+}
+
 TEST(Quantize, NormsLikeRmsNorm) {
   for (const Shape& shape : kShapes) {
     const std::vector<float> x = RandomFloats(shape.rows * shape.dim, 10, 2.0f);
@@ -346,6 +424,26 @@ TEST(Glu, ExponentialIsAccurate) {
     worst = std::max(worst, std::abs(out[i] - want) / std::abs(want));
   }
   EXPECT_LT(worst, 2.5e-7);  // 2^-23 = 1.2e-7: two units with those of the sum and the quotient
+}
+
+// up is not looked at where the gate is not above 0.
+TEST(Glu, Relu2IsPlusZeroWhateverUpHolds) {
+  const std::vector<float> gate = {-1.0f, -0.0f, 0.0f, -kInfinity, -1e-45f, 1e-45f, 2.0f};
+  for (const float up_value : {kNan, kInfinity, -kInfinity, -3.0f}) {
+    const std::vector<float> up(gate.size(), up_value);
+    const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+      std::vector<float> result(gate.size());
+      const int64_t dim = static_cast<int64_t>(gate.size());
+      kernels.glu({gate.data(), up.data(), result.data(), 1, dim, dim, Activation::kRelu2},
+                  executor);
+      for (int i = 0; i < 5; ++i) EXPECT_EQ(std::bit_cast<uint32_t>(result[i]), 0u) << i;
+      for (float& value : result) value = std::isnan(value) ? kNan : value;  // of any sign
+      return result;
+    });
+    if (!std::isnan(up_value)) {
+      EXPECT_EQ(out.back(), 4.0f * up_value);
+    }
+  }
 }
 
 TEST(Glu, NanShows) {

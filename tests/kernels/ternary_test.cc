@@ -1,9 +1,13 @@
 #include "kernels/ternary.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -24,10 +28,13 @@ std::vector<int8_t> RandomTernary(int64_t count, std::mt19937& rng) {
   return weights;
 }
 
+constexpr TernaryLayout kLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
+                                      TernaryLayout::kColumns};
+
 OwnedTernaryMatrix Pack(const std::vector<int8_t>& weights, int64_t rows, int64_t columns,
-                        float scale) {
-  OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, scale);
-  PackTernary(weights.data(), 0, rows, columns, matrix.codes.data());
+                        float scale, TernaryLayout layout = TernaryLayout::kPanels) {
+  OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, scale, layout);
+  PackTernary(weights.data(), 0, rows, matrix);
   return matrix;
 }
 
@@ -60,14 +67,31 @@ TEST(Packing, LayoutIsAsDocumented) {
   }
 }
 
+TEST(Packing, LinesAreAsDocumented) {
+  std::vector<int8_t> weights(17 * 300, -1);
+  weights[16 * 300 + 16 + 9] = 1;
+  const OwnedTernaryMatrix rows = Pack(weights, 17, 300, 1.0f, TernaryLayout::kRows);
+  ASSERT_EQ(rows.view.bytes(), 32 * 2 * kLineBytes);
+  for (int64_t i = 0; i < rows.view.bytes(); ++i) {  // line 16, granule 1, code 9 = 8 + 1
+    EXPECT_EQ(rows.view.codes[i], i == 16 * 2 * kLineBytes + 4 + 1 ? 2 << 4 : 0) << i;
+  }
+  const OwnedTernaryMatrix columns = Pack(weights, 17, 300, 1.0f, TernaryLayout::kColumns);
+  ASSERT_EQ(columns.view.bytes(), 304 * kLineBytes);
+  for (int64_t i = 0; i < columns.view.bytes(); ++i) {  // line 25, granule 1, code 0
+    EXPECT_EQ(columns.view.codes[i], i == 25 * kLineBytes + 4 ? 2 : 0) << i;
+  }
+}
+
 TEST(Packing, RoundTrip) {
   std::mt19937 rng(1);
-  for (int64_t rows : kOddRows) {
-    for (int64_t columns : kOddColumns) {
-      const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
-      const OwnedTernaryMatrix matrix = Pack(weights, rows, columns, 0.5f);
-      EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
-      EXPECT_EQ(matrix.view.scale, 0.5f);
+  for (TernaryLayout layout : kLayouts) {
+    for (int64_t rows : kOddRows) {
+      for (int64_t columns : kOddColumns) {
+        const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+        const OwnedTernaryMatrix matrix = Pack(weights, rows, columns, 0.5f, layout);
+        EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
+        EXPECT_EQ(matrix.view.scale, 0.5f);
+      }
     }
   }
 }
@@ -77,46 +101,51 @@ TEST(Packing, RowRangesAreIndependent) {
   const int64_t rows = 53, columns = 40;
   const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
   const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
-  OwnedTernaryMatrix from_int8 = MakeTernaryMatrix(rows, columns, 1);
-  OwnedTernaryMatrix from_hf = MakeTernaryMatrix(rows, columns, 1);
   const int64_t bounds[] = {0, 2, 19, 32, 53};
-  for (int i : {3, 0, 2, 1}) {
-    PackTernary(weights.data(), bounds[i], bounds[i + 1], columns, from_int8.codes.data());
-    EXPECT_TRUE(
-        RepackHf(packed.data(), rows, columns, bounds[i], bounds[i + 1], from_hf.codes.data()));
+  for (TernaryLayout layout : kLayouts) {
+    OwnedTernaryMatrix from_int8 = MakeTernaryMatrix(rows, columns, 1, layout);
+    OwnedTernaryMatrix from_hf = MakeTernaryMatrix(rows, columns, 1, layout);
+    for (int i : {3, 0, 2, 1}) {
+      PackTernary(&weights[bounds[i] * columns], bounds[i], bounds[i + 1], from_int8);
+      EXPECT_TRUE(RepackHf(packed.data(), bounds[i], bounds[i + 1], from_hf));
+    }
+    EXPECT_EQ(Unpack(from_int8.view), weights);
+    EXPECT_EQ(Unpack(from_hf.view), weights);
   }
-  EXPECT_EQ(Unpack(from_int8.view), weights);
-  EXPECT_EQ(Unpack(from_hf.view), weights);
 }
 
 TEST(Packing, FromHf) {
   std::mt19937 rng(3);
-  for (int64_t rows : kOddRows) {
-    for (int64_t columns : kOddColumns) {
-      const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
-      const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
-      OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
-      EXPECT_TRUE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data()));
-      EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
-      const OwnedTernaryMatrix direct = Pack(weights, rows, columns, 1);
-      EXPECT_TRUE(std::equal(matrix.view.codes, matrix.view.codes + matrix.view.bytes(),
-                             direct.view.codes));
+  for (TernaryLayout layout : kLayouts) {
+    for (int64_t rows : kOddRows) {
+      for (int64_t columns : kOddColumns) {
+        const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+        const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+        OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1, layout);
+        EXPECT_TRUE(RepackHf(packed.data(), 0, rows, matrix));
+        EXPECT_EQ(Unpack(matrix.view), weights) << rows << " x " << columns;
+        const OwnedTernaryMatrix direct = Pack(weights, rows, columns, 1, layout);
+        EXPECT_TRUE(std::equal(matrix.view.codes, matrix.view.codes + matrix.view.bytes(),
+                               direct.view.codes));
+      }
     }
   }
 }
 
 TEST(Packing, FromHfRefusesCodeThree) {
   std::mt19937 rng(4);
-  for (int64_t rows : {3, 17, 64}) {
-    const int64_t columns = 24, packed_rows = base::CeilDiv(rows, 4);
-    const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t column = static_cast<int64_t>(rng() % columns);
-      std::vector<uint8_t> packed = PackHf(weights, rows, columns);
-      packed[row % packed_rows * columns + column] |=
-          static_cast<uint8_t>(3 << (row / packed_rows * 2));
-      OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
-      EXPECT_FALSE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data())) << row;
+  for (TernaryLayout layout : kLayouts) {
+    for (int64_t rows : {3, 17, 64}) {
+      const int64_t columns = 24, packed_rows = base::CeilDiv(rows, 4);
+      const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t column = static_cast<int64_t>(rng() % columns);
+        std::vector<uint8_t> packed = PackHf(weights, rows, columns);
+        packed[row % packed_rows * columns + column] |=
+            static_cast<uint8_t>(3 << (row / packed_rows * 2));
+        OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1, layout);
+        EXPECT_FALSE(RepackHf(packed.data(), 0, rows, matrix)) << row;
+      }
     }
   }
 }
@@ -131,9 +160,11 @@ TEST(Packing, FromHfIgnoresFieldsWithoutRows) {
     packed[c] |= 0xc0;
     packed[columns + c] |= 0xf0;
   }
-  OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1);
-  EXPECT_TRUE(RepackHf(packed.data(), rows, columns, 0, rows, matrix.codes.data()));
-  EXPECT_EQ(Unpack(matrix.view), weights);
+  for (TernaryLayout layout : kLayouts) {
+    OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1, layout);
+    EXPECT_TRUE(RepackHf(packed.data(), 0, rows, matrix));
+    EXPECT_EQ(Unpack(matrix.view), weights);
+  }
 }
 
 // Activations with sums and scales; codes are random, or all `constant`.
@@ -201,13 +232,16 @@ void ExpectAllEqual(const QuantizedRows& x, std::vector<Group>& groups, const st
 }
 
 // The scalar variant against the definition.
-TEST(Matmul, ScalarIsRight) {
+class ScalarMatmul : public testing::TestWithParam<TernaryLayout> {};
+INSTANTIATE_TEST_SUITE_P(Layouts, ScalarMatmul, testing::ValuesIn(kLayouts));
+
+TEST_P(ScalarMatmul, IsRight) {
   std::mt19937 rng(6);
   const int64_t rows = 19, columns = 45;
   const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
   Rows x(3, columns, rng);
   std::vector<Group> groups;
-  groups.emplace_back(Pack(weights, rows, columns, 0.25f), 1, 2);
+  groups.emplace_back(Pack(weights, rows, columns, 0.25f, GetParam()), 1, 2);
   const std::vector<float> y = Product("scalar", x.view, groups, 1)[0];
   for (int64_t r = 0; r < 2; ++r) {
     for (int64_t o = 0; o < rows; ++o) {
@@ -222,7 +256,10 @@ TEST(Matmul, ScalarIsRight) {
   }
 }
 
-TEST(Matmul, VariantsAgreeOnOddShapes) {
+class MatmulLayouts : public testing::TestWithParam<TernaryLayout> {};
+INSTANTIATE_TEST_SUITE_P(Layouts, MatmulLayouts, testing::ValuesIn(kLayouts));
+
+TEST_P(MatmulLayouts, VariantsAgreeOnOddShapes) {
   std::mt19937 rng(7);
   for (int64_t num_rows : {0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 24, 25, 31, 49, 64, 100}) {
     for (int trial = 0; trial < 3; ++trial) {
@@ -230,8 +267,8 @@ TEST(Matmul, VariantsAgreeOnOddShapes) {
       const int64_t columns = 1 + static_cast<int64_t>(rng() % 600);
       Rows x(num_rows, columns, rng);
       std::vector<Group> groups;
-      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.7f), 0,
-                          num_rows);
+      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.7f, GetParam()),
+                          0, num_rows);
       ExpectAllEqual(x.view, groups,
                      std::to_string(num_rows) + " x " + std::to_string(rows) + " x " +
                          std::to_string(columns));
@@ -240,13 +277,14 @@ TEST(Matmul, VariantsAgreeOnOddShapes) {
 }
 
 // More rows and columns than one block of the tiled loops, and enough work for several threads.
-TEST(Matmul, VariantsAgreeAcrossBlocks) {
+TEST_P(MatmulLayouts, VariantsAgreeAcrossBlocks) {
   std::mt19937 rng(8);
   for (const auto& [num_rows, rows, columns] :
        {std::array<int64_t, 3>{241, 18, 2100}, {51, 33, 4200}, {3, 700, 2050}}) {
     Rows x(num_rows, columns, rng);
     std::vector<Group> groups;
-    groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 1.3f), 0, num_rows);
+    groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 1.3f, GetParam()),
+                        0, num_rows);
     ExpectAllEqual(x.view, groups, std::to_string(num_rows) + " rows");
   }
 }
@@ -262,8 +300,9 @@ TEST(Matmul, VariantsAgreeOnGroups) {
       const int64_t count = static_cast<int64_t>(g % 3 == 1 ? 0 : rng() % 70);
       const int64_t begin = static_cast<int64_t>(rng() % (num_rows - count + 1));
       const int64_t rows = 1 + static_cast<int64_t>(rng() % 100);
-      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f), begin,
-                          count);
+      groups.emplace_back(
+          Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f, kLayouts[g / 3]), begin,
+          count);
     }
     ExpectAllEqual(x.view, groups, "trial " + std::to_string(trial));
   }
@@ -277,7 +316,7 @@ TEST(Matmul, NoGroupsAtAll) {
 }
 
 // The largest sums there can be, up to the largest number of columns.
-TEST(Matmul, ExtremeCodesDoNotOverflow) {
+TEST_P(MatmulLayouts, ExtremeCodesDoNotOverflow) {
   std::mt19937 rng(11);
   for (int8_t code : {int8_t{-128}, int8_t{127}}) {
     for (int64_t columns : {int64_t{2048}, int64_t{2064}, kMaxColumns}) {
@@ -286,8 +325,11 @@ TEST(Matmul, ExtremeCodesDoNotOverflow) {
           const int64_t rows = columns == kMaxColumns ? 2 : 17;
           Rows x(num_rows, columns, rng, &code);
           std::vector<Group> groups;
-          groups.emplace_back(Pack(std::vector<int8_t>(rows * columns, weight), rows, columns, 1),
-                              0, num_rows);
+          groups.emplace_back(
+              Pack(std::vector<int8_t>(rows * columns, weight), rows, columns, 1, GetParam()), 0,
+              num_rows);
+          const std::vector<float> gate(groups[0].y.size(), 1.0f);
+          groups[0].group.gate = gate.data();
           for (const char* isa : AvailableIsas()) {
             const std::vector<float> y = Product(isa, x.view, groups, 1)[0];
             for (int64_t r = 0; r < num_rows; ++r) {
@@ -299,6 +341,164 @@ TEST(Matmul, ExtremeCodesDoNotOverflow) {
         }
       }
     }
+  }
+}
+
+enum class Live { kNone, kFew, kMost };
+
+// Whether each of `count` things is live.
+std::vector<bool> RandomLive(int64_t count, Live live, std::mt19937& rng) {
+  std::vector<bool> mask(count);
+  for (int64_t i = 0; i < count; ++i) {
+    mask[i] = live == Live::kMost ? rng() % 8 != 0 : live == Live::kFew && rng() % 8 == 0;
+  }
+  return mask;
+}
+
+// Sets all codes in the line of `index` (an output of kRows, an input of kColumns) to 3.
+void PoisonLine(OwnedTernaryMatrix& matrix, int64_t index) {
+  const int64_t stride = matrix.view.stride_bytes();
+  std::fill_n(matrix.codes.data() + index * stride, stride, 0xff);
+}
+
+struct SparseCase {
+  int64_t num_rows, rows, columns;
+  Live live;
+
+  std::string Name() const {
+    return std::to_string(num_rows) + " x " + std::to_string(rows) + " x " +
+           std::to_string(columns) + ", live " + std::to_string(static_cast<int>(live));
+  }
+};
+
+std::vector<SparseCase> SparseCases(std::mt19937& rng) {
+  std::vector<SparseCase> cases = {{1, 700, 2600, Live::kFew},  // several stretches
+                                   {2, 600, 2600, Live::kMost},
+                                   {1, 17000, 40, Live::kMost},  // several chunks of outputs
+                                   {3, 16384 + 5, 30, Live::kFew}};
+  for (int64_t num_rows : {1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 33, 70}) {
+    for (Live live : {Live::kNone, Live::kFew, Live::kMost}) {
+      cases.push_back({num_rows, 1 + static_cast<int64_t>(rng() % 600),
+                       1 + static_cast<int64_t>(rng() % 600), live});
+    }
+  }
+  return cases;
+}
+
+// Inputs that are 0 in all rows, and in single rows, change nothing; neither does what the codes of
+// the former are, where a single row lets them be skipped.
+TEST(Sparse, ColumnsOfZeros) {
+  std::mt19937 rng(12);
+  for (const SparseCase& c : SparseCases(rng)) {
+    SCOPED_TRACE(c.Name());
+    Rows x(c.num_rows, c.columns, rng);
+    const std::vector<bool> live = RandomLive(c.columns, c.live, rng);
+    for (int64_t r = 0; r < c.num_rows; ++r) {
+      x.view.sums[r] = 0;
+      for (int64_t k = 0; k < c.columns; ++k) {
+        int8_t& code = x.view.codes[r * x.view.stride + k];
+        if (!live[k] || rng() % 4 == 0) code = 0;
+        x.view.sums[r] += code;
+      }
+    }
+    const std::vector<int8_t> weights = RandomTernary(c.rows * c.columns, rng);
+    std::vector<Group> dense, sparse;
+    dense.emplace_back(Pack(weights, c.rows, c.columns, 0.3f), 0, c.num_rows);
+    sparse.emplace_back(Pack(weights, c.rows, c.columns, 0.3f, TernaryLayout::kColumns), 0,
+                        c.num_rows);
+    const auto expected = Product("scalar", x.view, dense, 1);
+    EXPECT_EQ(Product("scalar", x.view, sparse, 1), expected);
+    ExpectAllEqual(x.view, sparse, "clean");
+    if (c.num_rows > 1) continue;
+    for (int64_t k = 0; k < c.columns; ++k) {
+      if (!live[k]) PoisonLine(sparse[0].matrix, k);
+    }
+    EXPECT_EQ(Product("scalar", x.view, sparse, 1), expected);
+    ExpectAllEqual(x.view, sparse, "poisoned");
+  }
+}
+
+// Where the gate is above 0 or NaN, outputs are right; nothing else is written but outputs; and
+// with few rows those that are dead in all rows are not touched: the guards say so.
+TEST(Sparse, GatedRows) {
+  std::mt19937 rng(13);
+  for (const SparseCase& c : SparseCases(rng)) {
+    SCOPED_TRACE(c.Name());
+    const Rows x(c.num_rows, c.columns, rng);
+    const std::vector<int8_t> weights = RandomTernary(c.rows * c.columns, rng);
+    std::vector<Group> dense, sparse;
+    dense.emplace_back(Pack(weights, c.rows, c.columns, 0.3f), 0, c.num_rows);
+    sparse.emplace_back(Pack(weights, c.rows, c.columns, 0.3f, TernaryLayout::kRows), 0,
+                        c.num_rows);
+    const std::vector<bool> live = RandomLive(c.rows, c.live, rng);
+    const int64_t stride = sparse[0].group.y_stride;
+    std::vector<float> gate(c.num_rows * stride, 1.0f);
+    for (int64_t i = 0; i < static_cast<int64_t>(gate.size()); ++i) {
+      const int64_t o = i % stride;
+      const float dead[] = {0.0f, -0.0f, -1.0f, -std::numeric_limits<float>::infinity()};
+      const float alive[] = {1e-45f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
+      if (o < c.rows) gate[i] = live[o] && rng() % 4 != 0 ? alive[rng() % 3] : dead[rng() % 4];
+    }
+    const std::vector<float> expected = Product("scalar", x.view, dense, 1)[0];
+    if (c.num_rows == 1) {
+      for (int64_t o = 0; o < c.rows; ++o) {
+        if (!live[o]) PoisonLine(sparse[0].matrix, o);
+      }
+    }
+    sparse[0].group.gate = gate.data();
+    for (const char* isa : AvailableIsas()) {
+      for (int num_threads : {1, 3}) {
+        const std::vector<float> y = Product(isa, x.view, sparse, num_threads)[0];
+        for (int64_t i = 0; i < static_cast<int64_t>(gate.size()); ++i) {
+          const int64_t o = i % stride;
+          if (o >= c.rows) {
+            ASSERT_EQ(y[i], Group::kGuard) << isa << " wrote past the outputs, at " << i;
+          } else if (!(gate[i] <= 0)) {
+            ASSERT_EQ(y[i], expected[i]) << isa << ", output " << o;
+          } else if (!live[o] && c.num_rows == 1) {
+            ASSERT_EQ(y[i], Group::kGuard) << isa << " computed the dead output " << o;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Codes of lines that add nothing are not read: they lie on a page that must not be.
+TEST(Sparse, DeadLinesAreNotRead) {
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  std::mt19937 rng(14);
+  for (TernaryLayout layout : {TernaryLayout::kRows, TernaryLayout::kColumns}) {
+    const bool by_rows = layout == TernaryLayout::kRows;
+    const int64_t lines = 3 * page / kLineBytes;  // three pages of lines, those of the second dead
+    const int64_t rows = by_rows ? lines : 250, columns = by_rows ? 250 : lines;
+    const OwnedTernaryMatrix matrix =
+        Pack(RandomTernary(rows * columns, rng), rows, columns, 1.0f, layout);
+    ASSERT_EQ(matrix.view.bytes(), 3 * page);
+    void* const memory =
+        mmap(nullptr, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ASSERT_NE(memory, MAP_FAILED);
+    std::memcpy(memory, matrix.view.codes, 3 * page);
+    ASSERT_EQ(mprotect(static_cast<uint8_t*>(memory) + page, page, PROT_NONE), 0);
+
+    Rows x(1, columns, rng);
+    std::vector<float> gate(rows, 1.0f), y(rows);
+    for (int64_t i = lines / 3; i < lines / 3 * 2; ++i) {
+      if (by_rows) {
+        gate[i] = -1.0f;
+      } else {
+        x.view.codes[i] = 0;
+      }
+    }
+    TernaryMatrix view = matrix.view;
+    view.codes = static_cast<const uint8_t*>(memory);
+    const TernaryGroup group[] = {{view, 0, 1, y.data(), rows, by_rows ? gate.data() : nullptr}};
+    base::ThreadPool threads(1);
+    Executor executor{.threads = &threads};
+    for (const char* isa : AvailableIsas()) {
+      SelectCpuKernels(isa)->ternary_matmul({x.view, group}, executor);
+    }
+    munmap(memory, 3 * page);
   }
 }
 
