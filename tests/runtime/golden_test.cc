@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,13 @@ std::vector<std::string> GoldenDirectories() {
   return directories;
 }
 
+// The precision of the KV cache that run.json asks for; none where there is no such file.
+absl::StatusOr<std::optional<kernels::KvFormat>> KvOfRun(const std::string& directory) {
+  if (!fs::exists(directory + "/run.json")) return std::nullopt;
+  TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(directory + "/run.json"));
+  return kernels::ParseKvFormat(nlohmann::json::parse(text)["kv"]);
+}
+
 // Logits [ids, vocab] of one scored sequence on one rank.
 absl::StatusOr<std::vector<float>> RunModel(const std::string& directory,
                                             const std::vector<int32_t>& ids, const char* isa,
@@ -46,6 +54,7 @@ absl::StatusOr<std::vector<float>> RunModel(const std::string& directory,
   options.placement = "contiguous";
   options.max_rows = max_rows;
   options.kv_tokens = 256;
+  TERNION_ASSIGN_OR_RETURN(options.kv, KvOfRun(directory));
   TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
                            Engine::Create(options, resources, nullptr));
   std::vector<float> all;
@@ -64,7 +73,7 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-TEST(Golden, ThereAreSome) { EXPECT_GE(GoldenDirectories().size(), 10u); }
+TEST(Golden, ThereAreSome) { EXPECT_GE(GoldenDirectories().size(), 14u); }
 
 class GoldenTest : public ::testing::TestWithParam<std::string> {
  protected:
