@@ -151,16 +151,18 @@ Setup EvalIds(const std::string& ids, const Strings& more = {}) {
   };
 }
 
-Setup EvalText(const std::string& text) {
-  return [=](const Workplace& place) -> Strings {
+Setup EvalText(const std::string& text, const Strings& more = {}) {
+  return [=](const Workplace& place) {
     WriteText(place.path("text.txt"), text);
-    return {"eval",
-            "--model",
-            place.model(),
-            "--text",
-            place.path("text.txt"),
-            "--json",
-            place.output("e.json")};
+    Strings arguments = {"eval",
+                         "--model",
+                         place.model(),
+                         "--text",
+                         place.path("text.txt"),
+                         "--json",
+                         place.output("e.json")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
   };
 }
 
@@ -426,6 +428,12 @@ const Case kCases[] = {
        return {"eval", "--model", place.model(), "--text", "/nowhere/text"};
      },
      {"/nowhere/text"}},
+    {"LadderOfIds", EvalIds("[1, 2]", {"--ladder"}), {"--ladder"}},
+    {"LadderWithAWire",
+     EvalText("The ship was", {"--ladder", "--wire-combine", "int8"}),
+     {"--wire"}},
+    {"LadderWithACache", EvalText("The ship was", {"--ladder", "--kv", "int4"}), {"--kv"}},
+    {"LadderOfNothing", EvalText("", {"--ladder"}), {"text.txt"}},
 
     // inspect and synth.
     {"InspectNothing",

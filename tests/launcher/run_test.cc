@@ -1,4 +1,5 @@
 // `ternion run` and `ternion eval` as scripts see them.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <set>
@@ -158,6 +159,51 @@ TEST_F(Command, EvalReport) {
   EXPECT_EQ(three["tokens"], alone["tokens"]);
   // The same terms; the ranks' sums may be added in another order.
   EXPECT_NEAR(three["nll"], nll, 1e-9 * nll);
+}
+
+const Json& FindRung(const Json& ladder, const Json& keys) {
+  const auto matches = [&](const Json& rung) {
+    return std::all_of(keys.items().begin(), keys.items().end(),
+                       [&](const auto& item) { return rung[item.key()] == item.value(); });
+  };
+  const auto found = std::find_if(ladder.begin(), ladder.end(), matches);
+  EXPECT_NE(found, ladder.end()) << keys;
+  return found == ladder.end() ? ladder.front() : *found;
+}
+
+TEST_F(Command, LadderComparesWithTheExactWire) {
+  const std::string text = directory_.path("text.txt");
+  WriteText(text, ReadText(SourcePath("models/tiny/heldout.txt")).substr(0, 3000));
+  const Json eval = Report(3, {"eval", "--text", text, "--wire", "exact"});
+  const Json report = Report(3, {"eval", "--text", text, "--ladder"});
+  EXPECT_EQ(report["tokens"], eval["tokens"]);
+  EXPECT_EQ(report["ranks"], 3);
+  const Json& ladder = report["ladder"];
+  const Json& reference = ladder.front();
+  EXPECT_EQ(reference["exact"], true);
+  EXPECT_NEAR(reference["bits_per_byte"], eval["bits_per_byte"].get<double>(), 1e-9);
+  for (const Json& rung : ladder) {
+    EXPECT_NEAR(
+        rung["change_percent"],
+        100 * (rung["bits_per_byte"].get<double>() / reference["bits_per_byte"].get<double>() - 1),
+        1e-9);
+    EXPECT_GE(rung["kl_p999"], rung["kl_mean"]) << rung;
+    EXPECT_GT(rung["dispatch_bytes_per_token"], 0) << rung;
+  }
+  // Rows that the experts round anyway: the same bits whatever carried them.
+  const Json& fp32 = FindRung(ladder, {{"exact", true}, {"dispatch", "fp32"}});
+  EXPECT_EQ(fp32["change_percent"], 0);
+  EXPECT_EQ(fp32["kl_p999"], 0);
+  EXPECT_EQ(fp32["same_top_percent"], 100);
+  // Coarser is worse, and smaller.
+  const Json& int8 = FindRung(ladder, {{"combine", "int8"}, {"kv", "bf16"}});
+  const Json& int4 = FindRung(ladder, {{"combine", "int4"}, {"kv", "bf16"}});
+  const Json& int3_cache = FindRung(ladder, {{"combine", "int8"}, {"kv", "int3"}});
+  EXPECT_GT(int8["kl_mean"], 0);
+  EXPECT_GT(int4["kl_mean"], int8["kl_mean"]);
+  EXPECT_LT(int4["combine_bytes_per_token"], int8["combine_bytes_per_token"]);
+  EXPECT_GT(int3_cache["kl_mean"], int8["kl_mean"]);
+  EXPECT_LT(int3_cache["kv_bytes_per_token"], int8["kv_bytes_per_token"]);
 }
 
 // The checkpoints that the PyTorch oracle wrote, on two processes.
