@@ -148,9 +148,17 @@ class Run:
 class Log:
     """DIR/<precision>/log.csv, one row per LOG_EVERY steps."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, first_step: int):
         self.path = path
+        self.forget_from(first_step)
         self.start()
+
+    def forget_from(self, step: int) -> None:
+        """Drops what a stopped run logged after its last checkpoint."""
+        if self.path.exists():
+            header, *rows = self.path.read_text().splitlines()
+            kept = [row for row in rows if int(row.split(",")[0]) <= step]
+            self.path.write_text("\n".join([header, *kept]) + "\n")
 
     def start(self) -> None:
         self.losses: list[float] = []
@@ -189,7 +197,7 @@ def train(run: Run, work: Path, batch_size: int, total_tokens: int) -> None:
     length = run.config.max_position_embeddings
     windows = Windows(work / "train.bin", length)
     held_out = Windows(work / "validation.bin", length)
-    log = Log(run.folder / "log.csv")
+    log = Log(run.folder / "log.csv", run.step)
     last = last_save = time.monotonic()
     while run.tokens < total_tokens:
         lr = learning_rate(run.step, run.tokens / total_tokens)
