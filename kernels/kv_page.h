@@ -18,14 +18,15 @@ std::optional<KvFormat> KvFormatOfBits(int bits);
 // One page holds kPageTokens tokens of one layer, after RoPE.
 //
 // bf16 (round to nearest even) and int8: one element after the other.
-//   keys   [kv_heads][head_dim][kPageTokens]   (token-minor: one load gives 16 tokens' same
-//   element) values [kv_heads][kPageTokens][head_dim]
+//   keys   [kv_heads][head_dim][kPageTokens]   (one load gives 16 tokens' same element)
+//   values [kv_heads][kPageTokens][head_dim]
+//
 // int4 and int3 (b bits): words of b bytes hold eight codes, the first in the lowest bits, lowest
 // byte first. Sixteen words are eight vectors of 16 lanes: code i of word l is lane l of vector i.
-//   keys   [kv_heads][head_dim][16 words]: vector i is tokens 16i .. 16i + 15
-//   values [kv_heads][ceil(head_dim / 16)][kPageTokens / 8][16 words]: of block j and group g,
-//   vector
-//          i is elements 16j .. 16j + 15 of token 8g + i
+//   keys   [kv_heads][head_dim][16 words]
+//          vector i: tokens 16i .. 16i + 15
+//   values [kv_heads][ceil(head_dim / 16)][kPageTokens / 8][16 words]
+//          vector i of block j, group g: elements 16j .. 16j + 15 of token 8g + i
 //
 // One fp32 scale per token and KV head, for K and for V; with m = max(absmax, 1e-5) of the head:
 //   int8: code = clamp(round(x * (127 / m)), -127, 127), worth code * (m / 127)

@@ -143,96 +143,106 @@ absl::Status Model::Forward(const Batch& batch) {
   return absl::OkStatus();
 }
 
-// h += o_proj(norm(attention(rope(q), rope(k), v))). Rotating q and k alike leaves their scores;
-// what rotating v does to the output is undone there.
+// h += o_proj(norm(attention(rope(q), rope(k), v))).
 void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch) {
-  const kernels::Kernels& kernels = *resources_.kernels;
-  kernels::Executor& executor = *resources_.executor;
+  ProjectHeads(layer, batch);
+  AttendOverCache(index, batch);
   const AttentionWeights& w = layer.attention;
   const int64_t rows = batch.num_rows();
-  const int64_t q_dim = config_.q_dim(), kv_dim = config_.kv_dim();
+  const kernels::QuantizedRows attended = attended_codes_.rows(rows);
+  resources_.kernels->quantize({.x = attended_.data(),
+                                .weight = OrNull(w.sub_norm),
+                                .out = attended,
+                                .x_stride = config_.q_dim(),
+                                .eps = config_.norm_eps,
+                                .top_half = config_.act_bits == 4},
+                               *resources_.executor);
+  const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
+  resources_.kernels->ternary_matmul({.x = attended, .groups = o}, *resources_.executor);
+  AddOutToHidden(rows);
+}
+
+// q_, k_ and v_ of the batch from hidden_; q and k normed where the family does, and turned to
+// their positions.
+void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch) {
+  const AttentionWeights& w = layer.attention;
+  const int64_t rows = batch.num_rows();
+  const kernels::QuantizedRows x = codes_.rows(rows);
+  resources_.kernels->quantize({.x = hidden_.data(),
+                                .weight = layer.input_norm.data(),
+                                .out = x,
+                                .x_stride = config_.hidden,
+                                .eps = config_.norm_eps,
+                                .bits = config_.act_bits},
+                               *resources_.executor);
+  const kernels::TernaryGroup qkv[] = {{w.q.view, 0, rows, q_.data(), config_.q_dim()},
+                                       {w.k.view, 0, rows, k_.data(), config_.kv_dim()},
+                                       {w.v.view, 0, rows, v_.data(), config_.kv_dim()}};
+  resources_.kernels->ternary_matmul({.x = x, .groups = qkv}, *resources_.executor);
+  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), batch);
+  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), batch);
+}
+
+void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch) {
+  const int64_t head_dim = config_.head_dim;
+  if (norm != nullptr) {
+    resources_.kernels->rms_norm({.x = vectors,
+                                  .weight = norm,
+                                  .out = vectors,
+                                  .num_rows = batch.num_rows() * num_heads,
+                                  .dim = head_dim,
+                                  .x_stride = head_dim,
+                                  .out_stride = head_dim,
+                                  .eps = config_.norm_eps},
+                                 *resources_.executor);
+  }
+  resources_.kernels->rope({.x = vectors,
+                            .positions = batch.positions.data(),
+                            .cos_table = cos_.data(),
+                            .sin_table = sin_.data(),
+                            .num_rows = batch.num_rows(),
+                            .stride = num_heads * head_dim,
+                            .heads = num_heads,
+                            .head_dim = config_.head_dim},
+                           *resources_.executor);
+}
+
+// k_ and v_ into the cache, attended_ out of it. Rotating q and k alike leaves their scores; what
+// rotating v does to the output is undone there.
+void Model::AttendOverCache(int index, const Batch& batch) {
+  const int64_t rows = batch.num_rows();
   const int heads = config_.heads, kv_heads = config_.kv_heads, head_dim = config_.head_dim;
   for (int64_t row = 0; row < rows; ++row) page_tables_[row] = batch.pages[row]->table(index);
-
-  const kernels::QuantizedRows x = codes_.rows(rows);
-  kernels.quantize({.x = hidden_.data(),
-                    .weight = layer.input_norm.data(),
-                    .out = x,
-                    .x_stride = config_.hidden,
-                    .eps = config_.norm_eps,
-                    .bits = config_.act_bits},
-                   executor);
-  const kernels::TernaryGroup qkv[] = {{w.q.view, 0, rows, q_.data(), q_dim},
-                                       {w.k.view, 0, rows, k_.data(), kv_dim},
-                                       {w.v.view, 0, rows, v_.data(), kv_dim}};
-  kernels.ternary_matmul({.x = x, .groups = qkv}, executor);
-
-  const auto norm_and_rope = [&](float* vectors, int num_heads, const float* norm) {
-    if (norm != nullptr) {
-      kernels.rms_norm({.x = vectors,
-                        .weight = norm,
-                        .out = vectors,
-                        .num_rows = rows * num_heads,
-                        .dim = head_dim,
-                        .x_stride = head_dim,
-                        .out_stride = head_dim,
-                        .eps = config_.norm_eps},
-                       executor);
-    }
-    kernels.rope({.x = vectors,
-                  .positions = batch.positions.data(),
-                  .cos_table = cos_.data(),
-                  .sin_table = sin_.data(),
-                  .num_rows = rows,
-                  .stride = int64_t{num_heads} * head_dim,
-                  .heads = num_heads,
-                  .head_dim = head_dim},
-                 executor);
-  };
-  norm_and_rope(q_.data(), heads, OrNull(w.q_norm));
-  norm_and_rope(k_.data(), kv_heads, OrNull(w.k_norm));
   const bool rotates = RotatesHeads(config_, options_.kv);
   if (rotates) {
     RotateHeads(q_.data(), heads, rows);
     RotateHeads(k_.data(), kv_heads, rows);
     RotateHeads(v_.data(), kv_heads, rows);
   }
-  kernels.kv_store({.k = k_.data(),
-                    .v = v_.data(),
-                    .pages = page_tables_.data(),
-                    .positions = batch.positions.data(),
-                    .num_rows = rows,
-                    .stride = kv_dim,
-                    .kv_heads = kv_heads,
-                    .head_dim = head_dim,
-                    .format = options_.kv},
-                   executor);
-  kernels.attention({.q = q_.data(),
-                     .pages = page_tables_.data(),
-                     .positions = batch.positions.data(),
-                     .out = attended_.data(),
-                     .num_rows = rows,
-                     .q_stride = q_dim,
-                     .out_stride = q_dim,
-                     .heads = heads,
-                     .kv_heads = kv_heads,
-                     .head_dim = head_dim,
-                     .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
-                     .format = options_.kv},
-                    executor);
+  resources_.kernels->kv_store({.k = k_.data(),
+                                .v = v_.data(),
+                                .pages = page_tables_.data(),
+                                .positions = batch.positions.data(),
+                                .num_rows = rows,
+                                .stride = config_.kv_dim(),
+                                .kv_heads = kv_heads,
+                                .head_dim = head_dim,
+                                .format = options_.kv},
+                               *resources_.executor);
+  resources_.kernels->attention({.q = q_.data(),
+                                 .pages = page_tables_.data(),
+                                 .positions = batch.positions.data(),
+                                 .out = attended_.data(),
+                                 .num_rows = rows,
+                                 .q_stride = config_.q_dim(),
+                                 .out_stride = config_.q_dim(),
+                                 .heads = heads,
+                                 .kv_heads = kv_heads,
+                                 .head_dim = head_dim,
+                                 .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
+                                 .format = options_.kv},
+                                *resources_.executor);
   if (rotates) RotateHeads(attended_.data(), heads, rows);
-
-  const kernels::QuantizedRows attended = attended_codes_.rows(rows);
-  kernels.quantize({.x = attended_.data(),
-                    .weight = OrNull(w.sub_norm),
-                    .out = attended,
-                    .x_stride = q_dim,
-                    .eps = config_.norm_eps,
-                    .top_half = config_.act_bits == 4},
-                   executor);
-  const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
-  kernels.ternary_matmul({.x = attended, .groups = o}, executor);
-  AddOutToHidden(rows);
 }
 
 // h += FFN(norm(h)): the dense MLP, or the shared expert and the routed experts over all ranks.

@@ -32,8 +32,8 @@ struct Batch {
 // Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at
 // the owner.
 struct WireOptions {
-  std::optional<comm::RowFormat> dispatch =
-      std::nullopt;  // none: the model's activation width, lossless
+  // None: the model's own activation width, lossless.
+  std::optional<comm::RowFormat> dispatch = std::nullopt;
   comm::RowFormat combine = comm::RowFormat::kBf16;
   bool exact = false;
 };
@@ -110,6 +110,9 @@ class Model {
 
   absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
   void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch);
+  void ProjectHeads(const LayerWeights& layer, const Batch& batch);
+  void NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch);
+  void AttendOverCache(int index, const Batch& batch);
   absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch);
   void RotateHeads(float* vectors, int num_heads, int64_t num_rows);
   void AddOutToHidden(int64_t num_rows);

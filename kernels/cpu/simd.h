@@ -43,9 +43,9 @@ constexpr int kLanes = 16;
 //   SwapLanes<d>(a)   lane l is a's lane l ^ d, d of 1, 2, 4, 8
 //
 //   U32x16            sixteen 32-bit words
-//   LoadWords<b>(p)   each of b bytes (3 or 4), lowest byte first; of 3, the upper byte is
-//   unspecified a >> n            every word CodeValue<b>(a)   the lowest b bits (3 or 4) of each
-//   word as code - 2^(b-1) + 0.5
+//   LoadWords<b>(p)   each of b bytes (3 or 4), lowest byte first; of 3, the upper is unspecified
+//   a >> n            every word
+//   CodeValue<b>(a)   the lowest b bits (3 or 4) of each word as code - 2^(b-1) + 0.5
 
 #if defined(__AVX512F__)
 
