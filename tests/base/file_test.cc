@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "gtest/gtest.h"
+#include "tests/testing/temp_dir.h"
 
 namespace ternion::base {
 namespace {
@@ -13,18 +14,10 @@ namespace fs = std::filesystem;
 
 class FileTest : public testing::Test {
  protected:
-  FileTest() {
-    std::string pattern = testing::TempDir() + "file_test-XXXXXX";
-    directory_ = mkdtemp(pattern.data());
-  }
-  ~FileTest() override { fs::remove_all(directory_); }
+  std::string Path(const std::string& name) const { return directory_.path(name); }
+  int64_t NumFiles() const { return directory_.num_entries(); }
 
-  std::string Path(const std::string& name) const { return directory_ + "/" + name; }
-  int NumFiles() const {
-    return static_cast<int>(std::distance(fs::directory_iterator(directory_), {}));
-  }
-
-  std::string directory_;
+  const test::TempDir directory_;
 };
 
 TEST_F(FileTest, WritesAndReadsBack) {
@@ -81,7 +74,7 @@ TEST_F(FileTest, CreateInAMissingDirectoryNamesThePath) {
 
 TEST_F(FileTest, ReadRefusesWhatItCannotRead) {
   EXPECT_EQ(ReadFile(Path("missing")).status().code(), absl::StatusCode::kNotFound);
-  EXPECT_EQ(ReadFile(directory_).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ReadFile(directory_.path()).status().code(), absl::StatusCode::kInvalidArgument);
   ASSERT_TRUE(WriteFileAtomically(Path("a"), "12345").ok());
   EXPECT_TRUE(ReadFile(Path("a"), 5).ok());
   const absl::Status too_large = ReadFile(Path("a"), 4).status();
@@ -103,7 +96,7 @@ TEST_F(FileTest, MapsAFile) {
 TEST_F(FileTest, MapRefusesWhatItCannotMap) {
   ASSERT_TRUE(WriteFileAtomically(Path("empty"), "").ok());
   EXPECT_EQ(MappedFile::Open(Path("missing")).status().code(), absl::StatusCode::kNotFound);
-  for (const std::string& path : {directory_, Path("empty")}) {
+  for (const std::string& path : {directory_.path(), Path("empty")}) {
     const absl::Status status = MappedFile::Open(path).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_NE(status.message().find(path), absl::string_view::npos) << status;

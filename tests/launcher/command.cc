@@ -187,25 +187,6 @@ std::string EnvironmentOf(pid_t pid, const std::string& name) {
   return "";
 }
 
-TempDir::TempDir() {
-  std::string name = std::filesystem::temp_directory_path() / "ternion-test-XXXXXX";
-  TERNION_CHECK(mkdtemp(name.data()) != nullptr);
-  path_ = name;
-}
-
-TempDir::~TempDir() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
-
-Strings TempDir::List() const {
-  Strings names;
-  for (const auto& entry : std::filesystem::directory_iterator(path_)) {
-    names.push_back(entry.path().filename());
-  }
-  return names;
-}
-
 std::string SourcePath(const std::string& relative) {
   return std::string(TERNION_SOURCE_DIR) + "/" + relative;
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nlohmann/json.hpp"
+#include "tests/testing/temp_dir.h"
 
 namespace ternion::launcher {
 
@@ -74,21 +75,7 @@ std::vector<pid_t> DescendantsOf(pid_t root);
 // The value of `name` in the environment of `pid`, empty if there is none.
 std::string EnvironmentOf(pid_t pid, const std::string& name);
 
-// A directory that is removed with everything in it.
-class TempDir {
- public:
-  TempDir();
-  ~TempDir();
-  TempDir(const TempDir&) = delete;
-  TempDir& operator=(const TempDir&) = delete;
-
-  std::string path(const std::string& name = "") const { return path_ / name; }
-  // Names of what it holds.
-  Strings List() const;
-
- private:
-  std::filesystem::path path_;
-};
+using test::TempDir;
 
 std::string SourcePath(const std::string& relative);
 std::string ReadText(const std::string& path);

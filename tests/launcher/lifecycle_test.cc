@@ -72,7 +72,7 @@ TEST_F(Lifecycle, AnInterruptEndsAll) {
     const CommandResult result = job.Wait();
     EXPECT_FALSE(result.timed_out);
     EXPECT_NE(result.exit_code, 0);
-    EXPECT_EQ(directory_.List().size(), 2u) << "the model and its config";
+    EXPECT_EQ(directory_.num_entries(), 2) << "the model and its config";
   }
 }
 

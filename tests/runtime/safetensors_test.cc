@@ -13,27 +13,19 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "gtest/gtest.h"
+#include "tests/testing/temp_dir.h"
 
 namespace ternion::runtime {
 namespace {
 
 namespace fs = std::filesystem;
 
-// A fresh folder per test, removed at the end.
 class SafetensorsTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "ternion-safetensors-XXXXXX").string();
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(directory_); }
-
-  std::string Path(const std::string& name) const { return absl::StrCat(directory_, "/", name); }
+  std::string Path(const std::string& name) const { return directory_.path(name); }
 
   std::string WriteBytes(const std::string& name, const std::string& bytes) const {
-    std::ofstream(Path(name), std::ios::binary) << bytes;
-    return Path(name);
+    return directory_.Write(name, bytes);
   }
 
   // A file of header `json` and `num_data_bytes` bytes 0, 1, 2, ...
@@ -60,7 +52,7 @@ class SafetensorsTest : public ::testing::Test {
     EXPECT_FALSE(absl::StrContains(status.message(), "\n")) << what << ": " << status;
   }
 
-  std::string directory_;
+  const test::TempDir directory_;
 };
 
 std::span<const uint8_t> AsBytes(const std::string& text) {
@@ -233,7 +225,7 @@ TEST_F(SafetensorsTest, RefusesOverlapsGapsAndDuplicates) {
 
 TEST_F(SafetensorsTest, RefusesBadFiles) {
   EXPECT_EQ(SafetensorsFile::Open(Path("absent")).status().code(), absl::StatusCode::kNotFound);
-  ExpectError(SafetensorsFile::Open(directory_).status(), directory_, "directory");
+  ExpectError(SafetensorsFile::Open(directory_.path()).status(), directory_.path(), "directory");
   ExpectError(SafetensorsFile::Open(WriteBytes("empty", "")).status(), "empty", "empty");
   ExpectError(SafetensorsFile::Open(WriteBytes("t", "1234567")).status(), "too short", "7 bytes");
   const std::string huge("\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF{}", 10);
@@ -344,13 +336,13 @@ class TensorStoreTest : public SafetensorsTest {
   }
   void ExpectStoreRefused(const std::string& weight_map, const std::string& expected) const {
     WriteIndex(weight_map);
-    ExpectError(TensorStore::Open(directory_).status(), expected, weight_map);
+    ExpectError(TensorStore::Open(directory_.path()).status(), expected, weight_map);
   }
 };
 
 TEST_F(TensorStoreTest, OpensASingleFile) {
   WriteTensor("model.safetensors", "a");
-  auto opened = TensorStore::Open(directory_);
+  auto opened = TensorStore::Open(directory_.path());
   ASSERT_TRUE(opened.ok()) << opened.status();
   const TensorStore store = *std::move(opened);  // views survive the move
   ASSERT_NE(store.Find("a"), nullptr);
@@ -366,14 +358,14 @@ TEST_F(TensorStoreTest, OpensShards) {
   for (int i = 0; i < 9; ++i) WriteTensor(absl::StrCat("s", i), absl::StrCat("t", i));
   WriteIndex(
       R"({"t0":"s0","t8":"s8","t1":"s1","t2":"s2","t3":"s3","t4":"s4","t5":"s5","t6":"s6"})");
-  const auto store = TensorStore::Open(directory_);
+  const auto store = TensorStore::Open(directory_.path());
   ASSERT_TRUE(store.ok()) << store.status();
   EXPECT_EQ(store->Names().size(), 8u);
   for (const std::string& name : store->Names()) EXPECT_EQ(store->Find(name)->data.size(), 1u);
 }
 
 TEST_F(TensorStoreTest, RefusesBadDirectories) {
-  EXPECT_EQ(TensorStore::Open(directory_).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(TensorStore::Open(directory_.path()).status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(TensorStore::Open(Path("absent")).status().code(), absl::StatusCode::kNotFound);
   WriteTensor("one", "a");
   WriteTensor("two", "b");
@@ -390,14 +382,15 @@ TEST_F(TensorStoreTest, RefusesBadDirectories) {
   ExpectStoreRefused(R"({"a":3})", "not a plain file name");
   ExpectStoreRefused("[]", "weight_map");
   WriteBytes("model.safetensors.index.json", "{}");
-  ExpectError(TensorStore::Open(directory_).status(), "weight_map", "no map");
+  ExpectError(TensorStore::Open(directory_.path()).status(), "weight_map", "no map");
   WriteIndex(R"({"a":"one","b":"missing"})");
-  EXPECT_EQ(TensorStore::Open(directory_).status().code(), absl::StatusCode::kNotFound);
-  EXPECT_TRUE(absl::StrContains(TensorStore::Open(directory_).status().message(), "missing"));
+  EXPECT_EQ(TensorStore::Open(directory_.path()).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(
+      absl::StrContains(TensorStore::Open(directory_.path()).status().message(), "missing"));
   fs::create_directory(Path("folder"));
   ExpectStoreRefused(R"({"a":"one","b":"folder"})", "folder");
   fs::create_directory(Path("model.safetensors"));
-  ExpectError(TensorStore::Open(directory_).status(), "model.safetensors", "a directory");
+  ExpectError(TensorStore::Open(directory_.path()).status(), "model.safetensors", "a directory");
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include "nlohmann/json.hpp"
 #include "runtime/tokenizer_bpe.h"
 #include "runtime/utf8.h"
+#include "tests/testing/temp_dir.h"
 
 namespace ternion::runtime {
 namespace {
@@ -26,12 +27,9 @@ using Ids = std::vector<int32_t>;
 const fs::path kSource = TERNION_SOURCE_DIR;
 
 absl::StatusOr<Tokenizer> LoadText(const std::string& text) {
-  std::string directory = (fs::temp_directory_path() / "ternion-tokenizer-XXXXXX").string();
-  EXPECT_NE(mkdtemp(directory.data()), nullptr);
-  std::ofstream(directory + "/tokenizer.json", std::ios::binary) << text;
-  absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(directory);
-  fs::remove_all(directory);
-  return tokenizer;
+  const test::TempDir directory;
+  directory.Write("tokenizer.json", text);
+  return Tokenizer::Load(directory.path());
 }
 
 Tokenizer MustLoad(const Json& json) {

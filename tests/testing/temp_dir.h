@@ -1,10 +1,13 @@
 // A fresh folder for files that a test writes.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <string>
+#include <system_error>
 
 #include "base/check.h"
 
@@ -17,17 +20,24 @@ class TempDir {
     path_ = (std::filesystem::temp_directory_path() / "ternion-test-XXXXXX").string();
     TERNION_CHECK(mkdtemp(path_.data()) != nullptr);
   }
-  ~TempDir() { std::filesystem::remove_all(path_); }
+  ~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
   TempDir(const TempDir&) = delete;
   TempDir& operator=(const TempDir&) = delete;
 
   const std::string& path() const { return path_; }
+  std::string path(const std::string& name) const { return path_ + "/" + name; }
+  // Files and folders in it.
+  int64_t num_entries() const {
+    return std::distance(std::filesystem::directory_iterator(path_), {});
+  }
 
   // Returns the path of the new file.
   std::string Write(const std::string& name, const std::string& bytes) const {
-    const std::string path = path_ + "/" + name;
-    std::ofstream(path, std::ios::binary) << bytes;
-    return path;
+    std::ofstream(path(name), std::ios::binary) << bytes;
+    return path(name);
   }
 
  private:
