@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything that the oracle checks: the goldens can be made again, and HF transformers agrees with us.
+# Everything that the oracle checks: the goldens can be made again, the trainer trains what the
+# runtime computes, and HF transformers agrees with us.
 # usage: run.sh BUILD_DIR     (BUILD_DIR/ternion is the built command)
 set -eu
 build=$(realpath "${1:?usage: run.sh BUILD_DIR}")
@@ -17,4 +18,5 @@ export PYTHONDONTWRITEBYTECODE=1
 "$venv/bin/python" "$here/make_golden.py" --out "$fresh"
 "$venv/bin/python" "$here/make_tokenizers.py" --out "$fresh"
 "$venv/bin/python" "$here/compare_golden.py" "$fresh" "$here/golden"
+"$venv/bin/python" "$here/check_trainer.py"
 "$venv/bin/python" "$here/check_hf.py" --ternion "$build/ternion"

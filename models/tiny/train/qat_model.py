@@ -158,10 +158,14 @@ class Attention(nn.Module):
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """rows sorted by expert [N, in], weights [E, out, in], rows per expert -> [N, out]"""
-    if not rows.is_cuda:
-        parts = zip(rows.split(counts), weights.unbind())
-        return torch.cat([F.linear(part, weight) for part, weight in parts])
-    # A GPU wants one product: every expert gets as many rows as the busiest.
+    if rows.is_cuda:
+        return padded_linear(rows, weights, counts)
+    parts = zip(rows.split(counts), weights.unbind())
+    return torch.cat([F.linear(part, weight) for part, weight in parts])
+
+
+def padded_linear(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """The same as one product: every expert gets as many rows as the busiest."""
     begin = torch.tensor([0, *counts], device=rows.device).cumsum(0)
     row = torch.arange(len(rows), device=rows.device)
     expert = torch.searchsorted(begin, row, right=True) - 1
