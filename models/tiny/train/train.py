@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
     hidden_act="relu2",
     max_position_embeddings=512,
 )
-# The twin's is the best of 6e-4, 1e-3, 2e-3 and 4e-3 after a million tokens; ternary weights take more.
+# The twin's is the best of 6e-4, 1e-3, 2e-3 and 4e-3 after a million tokens.
 PEAK_LR = {"bf16": 1e-3, "b158": 2e-3, "a48": 2e-3}
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
