@@ -69,9 +69,9 @@ struct QuantizeArgs {
 // and own matrix. One matrix is one group; q, k and v are three groups over the same rows; experts are
 // one group each. num_rows may be 0. Work is split over threads by weight bytes and products.
 //
-// A row alone does not read codes that add nothing: with kColumns, those of inputs that are 0; with kRows
-// and a gate, those of outputs whose gate is <= 0. So do a few rows, as long as it is faster than to
-// read all codes once. Results are the same bits in every layout.
+// Up to 8 rows (on some processors more) do not read codes that add nothing to any of them: with kColumns,
+// those of inputs that are 0; with kRows and a gate, those of outputs whose gate is <= 0. Results are the
+// same bits in every layout.
 struct TernaryGroup {
   TernaryMatrix weights;  // columns == x.dim
   int64_t row_begin = 0;  // first row of x

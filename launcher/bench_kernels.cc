@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -32,6 +33,7 @@ using kernels::TernaryMatrix;
 
 constexpr int64_t kMaxWeightBytes = int64_t{2} << 30;
 constexpr double kSecondsPerCase = 0.4;
+constexpr int64_t kSparseTokens[] = {1, 2, 4, 8, 16, 32};
 constexpr int kMinRepetitions = 5;
 constexpr double kLimitSeconds = 0.01;  // that measuring the limits takes, about
 constexpr int kMaxLimitSamples = 40;    // per case
@@ -48,23 +50,24 @@ struct Case {
   int64_t rows() const { return tokens * top_k; }
 };
 
-// One token through `num_experts` matrices of which only some lines are alive: outputs that are
-// wanted (kRows: up) or inputs that are not 0 (kColumns: down). Beside the same matrices in panels.
+// Some tokens through `num_experts` matrices of which only some lines are alive, for each token by
+// itself: outputs that are wanted (kRows: up) or inputs that are not 0 (kColumns: down). Beside the
+// same matrices in panels.
 struct SparseCase {
   TernaryLayout layout;
   int64_t outputs;
   int64_t inputs;
   int num_experts;
   double live;
+  int64_t tokens = 1;
 
   bool by_rows() const { return layout == TernaryLayout::kRows; }
-  int64_t num_lines() const { return by_rows() ? outputs : inputs; }
 };
 
 struct SparseResult {
   double seconds = 0;
   double speedup = 0;            // over panels
-  double of_read_bandwidth = 0;  // by the bytes of live lines
+  double of_read_bandwidth = 0;  // by the bytes of lines that are alive for some token
 };
 
 struct Limits {
@@ -109,6 +112,7 @@ class Bench {
   SparseResult Run(const SparseCase& c);
 
  private:
+  int64_t FillSparse(const SparseCase& c, const QuantizedRows& x, std::span<float> gate);
   void FillWithCodes();
   Limits MeasureLimits();
   std::vector<int64_t> RowsPerExpert(const Case& c);
@@ -240,6 +244,27 @@ Result Bench::Run(const Case& c) {
   return result;
 }
 
+// Fills activations and gate with random live lines; returns how many are alive for some token.
+int64_t Bench::FillSparse(const SparseCase& c, const QuantizedRows& x, std::span<float> gate) {
+  std::vector<bool> alive(c.by_rows() ? c.outputs : c.inputs);
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    for (int64_t i = 0; i < c.inputs; ++i) {
+      x.codes[t * x.stride + i] = static_cast<int8_t>(rng_() | 1);
+    }
+    std::fill_n(gate.data() + t * c.outputs, c.outputs, 1.0f);
+    for (size_t i = 0; i < alive.size(); ++i) {
+      if (static_cast<double>(rng_() >> 11) < c.live * 0x1p53) {
+        alive[i] = true;
+      } else if (c.by_rows()) {
+        gate[t * c.outputs + i] = -1.0f;
+      } else {
+        x.codes[t * x.stride + i] = 0;
+      }
+    }
+  }
+  return std::count(alive.begin(), alive.end(), true);
+}
+
 // Each repetition runs the same live lines in panels and in lines, with weights that are in no
 // cache.
 SparseResult Bench::Run(const SparseCase& c) {
@@ -247,30 +272,21 @@ SparseResult Bench::Run(const SparseCase& c) {
   const int64_t line_bytes = kernels::TernaryBytes(c.outputs, c.inputs, c.layout);
   ShuffleWeights(std::max(panel_bytes, line_bytes));
 
-  QuantizedBuffer activations(1, c.inputs);
-  const QuantizedRows x = activations.rows(1);
-  base::Array<float> gate(c.outputs), y(c.outputs * c.num_experts);
+  QuantizedBuffer activations(c.tokens, c.inputs);
+  const QuantizedRows x = activations.rows(c.tokens);
+  base::Array<float> gate(c.tokens * c.outputs), y(c.tokens * c.outputs * c.num_experts);
   std::vector<double> seconds, speedups, of_read;
   double total = 0;
   while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
-    int64_t num_live = 0;
-    const auto is_live = [&] {
-      const bool live = static_cast<double>(rng_() >> 11) < c.live * 0x1p53;
-      num_live += live;
-      return live;
-    };
-    for (int64_t i = 0; i < c.inputs; ++i) {
-      x.codes[i] = c.by_rows() || is_live() ? static_cast<int8_t>(rng_() | 1) : int8_t{0};
-    }
-    for (float& value : gate.span()) value = !c.by_rows() || is_live() ? 1.0f : -1.0f;
+    const int64_t num_live = FillSparse(c, x, gate.span());
     std::vector<TernaryGroup> dense, sparse;
     for (int e = 0; e < c.num_experts; ++e) {
-      float* const out = y.data() + e * c.outputs;
+      float* const out = y.data() + e * c.tokens * c.outputs;
       dense.push_back(
-          {{NextWeights(panel_bytes), 1.0f, c.outputs, c.inputs}, 0, 1, out, c.outputs});
+          {{NextWeights(panel_bytes), 1.0f, c.outputs, c.inputs}, 0, c.tokens, out, c.outputs});
       sparse.push_back({{NextWeights(line_bytes), 1.0f, c.outputs, c.inputs, c.layout},
                         0,
-                        1,
+                        c.tokens,
                         out,
                         c.outputs,
                         c.by_rows() ? gate.data() : nullptr});
@@ -292,6 +308,7 @@ std::vector<SparseCase> SparseCases() {
   for (double live : {1.0, 0.5, 0.29, 0.16}) {
     cases.push_back({TernaryLayout::kRows, 14336, 4096, 1, live});
     cases.push_back({TernaryLayout::kColumns, 4096, 14336, 1, live});
+    cases.push_back({TernaryLayout::kColumns, 2048, 768, 8, live});
     cases.push_back({TernaryLayout::kRows, 256, 256, 8, live});
     cases.push_back({TernaryLayout::kColumns, 256, 256, 8, live});
   }
@@ -333,18 +350,17 @@ nlohmann::json ToJson(const Case& c, const Result& result) {
           {"percent_of_dot_peak", 100 * result.of_dot_peak}};
 }
 
-void PrintResult(const SparseCase& c, const SparseResult& result) {
+void PrintName(const SparseCase& c) {
   std::string shape = absl::StrCat(c.outputs, " x ", c.inputs);
   if (c.num_experts > 1) absl::StrAppend(&shape, ", ", c.num_experts, " of them");
-  absl::PrintF("%-28s %-7s %5.0f%% %9.1f %8.2fx %7.1f%%\n", shape, c.by_rows() ? "rows" : "columns",
-               100 * c.live, result.seconds * 1e6, result.speedup, 100 * result.of_read_bandwidth);
+  absl::PrintF("%-28s %-7s %5.0f%%", shape, c.by_rows() ? "rows" : "columns", 100 * c.live);
 }
 
 nlohmann::json ToJson(const SparseCase& c, const SparseResult& result) {
   return {{"layout", c.by_rows() ? "rows" : "columns"},
           {"outputs", c.outputs},
           {"inputs", c.inputs},
-          {"tokens", 1},
+          {"tokens", c.tokens},
           {"experts", c.num_experts},
           {"live", c.live},
           {"us", result.seconds * 1e6},
@@ -372,14 +388,20 @@ absl::Status BenchKernels(const BenchKernelsOptions& options) {
     best.bytes_per_second = std::max(best.bytes_per_second, result.limits.bytes_per_second);
     best.macs_per_second = std::max(best.macs_per_second, result.limits.macs_per_second);
   }
-  absl::PrintF("\n%-28s %-7s %6s %9s %9s %8s\n", "one token, live lines only", "lines", "live",
-               "us", "panels", "of read");
+  absl::PrintF("\n%-28s %-7s %6s", "live lines only, over panels", "lines", "live");
+  for (int64_t tokens : kSparseTokens) absl::PrintF(" %4d tok", tokens);
+  absl::PrintF("\n");
   nlohmann::json sparse_lines = nlohmann::json::array();
-  for (const SparseCase& c : SparseCases()) {
-    const SparseResult result = bench.Run(c);
-    PrintResult(c, result);
-    std::fflush(stdout);
-    sparse_lines.push_back(ToJson(c, result));
+  for (SparseCase c : SparseCases()) {
+    PrintName(c);
+    for (int64_t tokens : kSparseTokens) {
+      c.tokens = tokens;
+      const SparseResult result = bench.Run(c);
+      absl::PrintF(" %7.2fx", result.speedup);
+      std::fflush(stdout);
+      sparse_lines.push_back(ToJson(c, result));
+    }
+    absl::PrintF("\n");
   }
   absl::PrintF("limits at best: read %.1f GB/s, 8-bit dot products %.1f GMAC/s\n",
                best.bytes_per_second * 1e-9, best.macs_per_second * 1e-9);

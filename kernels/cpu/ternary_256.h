@@ -1,6 +1,7 @@
 // Ternary product with 256-bit vectors, shared by the AVX2 and AVX-VNNI variants. A block of codes
 // is two halves of 8 output rows x 4 columns per 2-bit field. Instr is how the variant multiplies:
 //
+//   kMaxColumnRows        see ternary_lines.h
 //   kRows                 rows in a register tile (each takes two accumulators)
 //   kMaxSums              dot products that a Partial can take before it must be widened
 //   Add(Partial, codes, activations), Widen(Partial) -> int32 lanes
@@ -11,7 +12,8 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/ternary_blocking.h"
-#include "kernels/cpu/ternary_lines.h"
+#include "kernels/cpu/ternary_columns.h"
+#include "kernels/cpu/ternary_rows.h"
 
 namespace ternion::kernels {
 
@@ -22,7 +24,6 @@ struct Micro256 {
   static constexpr int kMaxStreamedRows = 2 * Instr::kRows;
   static constexpr int kStreamRows = Instr::kRows;
   static constexpr int kTileRows = Instr::kRows;
-  static constexpr int kPrefetchBytes = 64 * 96;
   static constexpr int64_t kMaxBlocks = Instr::kMaxSums / kFields;  // between two widenings
 
   static __m256i Load(const uint8_t* p) {
@@ -67,7 +68,7 @@ struct Micro256 {
   // sums += codes of `num_blocks` <= kMaxBlocks blocks times kRows rows. Codes are as in memory
   // (kPacked) or as Unpack leaves them.
   template <int kRows, bool kPacked>
-  static void AddBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks,
+  static void AddBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks, Ahead* next,
                         __m256i sums[kRows][kHalves]) {
     // Few rows have few chains of additions: more accumulators per row keep the multipliers busy.
     constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
@@ -78,10 +79,10 @@ struct Micro256 {
       for (int r = 0; r < kRows; ++r) partial[c][r][0] = partial[c][r][1] = _mm256_setzero_si256();
     }
 
+    Ahead ahead;
+    if constexpr (kPacked) ahead = *next;
     for (int64_t b = 0; b < num_blocks; ++b) {
-      if constexpr (kPacked) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
-      }
+      if constexpr (kPacked) ahead.Fetch();
       const __m256i low = Load(codes), high = Load(codes + 32);
 #pragma GCC unroll 4
       for (int f = 0; f < kFields; ++f) {
@@ -99,6 +100,7 @@ struct Micro256 {
       codes += kPacked ? kBlockSize : kUnpackedBlockSize;
       x += kBlockInputs * kRows;
     }
+    if constexpr (kPacked) *next = ahead;
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 8
@@ -110,10 +112,10 @@ struct Micro256 {
   }
 
   template <int kRows, bool kPacked>
-  static void AddAllBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks,
+  static void AddAllBlocks(const uint8_t* codes, const int8_t* x, int64_t num_blocks, Ahead* next,
                            __m256i sums[kRows][kHalves]) {
     for (int64_t b = 0; b < num_blocks; b += kMaxBlocks) {
-      AddBlocks<kRows, kPacked>(codes, x, Min(kMaxBlocks, num_blocks - b), sums);
+      AddBlocks<kRows, kPacked>(codes, x, Min(kMaxBlocks, num_blocks - b), next, sums);
       codes += kMaxBlocks * (kPacked ? kBlockSize : kUnpackedBlockSize);
       x += kMaxBlocks * kBlockInputs * kRows;
     }
@@ -122,7 +124,7 @@ struct Micro256 {
   template <int kRows>
   __attribute__((noinline)) static void StreamRows(const StreamArgs& a) {
     __m256i sums[kRows][kHalves] = {};
-    AddAllBlocks<kRows, true>(a.codes, a.x, a.num_blocks, sums);
+    AddAllBlocks<kRows, true>(a.codes, a.x, a.num_blocks, a.ahead, sums);
     for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < kHalves; ++h) StoreOutputs(a.out, r, h, sums[r][h]);
     }
@@ -134,7 +136,7 @@ struct Micro256 {
     for (int r = 0; r < kRows && !a.first; ++r) {
       for (int h = 0; h < kHalves; ++h) sums[r][h] = LoadSums(a.out, r, h);
     }
-    AddAllBlocks<kRows, false>(a.unpacked, a.x, a.num_blocks, sums);
+    AddAllBlocks<kRows, false>(a.unpacked, a.x, a.num_blocks, nullptr, sums);
     for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < kHalves; ++h) {
         a.last ? StoreOutputs(a.out, r, h, sums[r][h]) : StoreSums(a.out, r, h, sums[r][h]);
@@ -178,27 +180,39 @@ struct Vec256 {
   using Int = __m256i;
   static constexpr int kBytes = 32;
   static constexpr int64_t kMaxSums = Instr::kMaxSums;
-  static constexpr int kColumnSums = 8;
-  static constexpr int kMaxLineSums = 2;
+  static constexpr int kRegisterSums = 2 * Instr::kRows;
+  static constexpr int kLineRows = Instr::kRows / 2;
+  static constexpr int kMaxColumnRows = Instr::kMaxColumnRows;
   static_assert(kStretchQuads <= kMaxSums);
 
   static Int Zero() { return _mm256_setzero_si256(); }
-  static Int Set1(char x) { return _mm256_set1_epi8(x); }
   static Int Load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void Store(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static Int Broadcast(const int8_t* x) { return Micro256<Instr>::Broadcast(x); }
-  static void StoreLanes(Int v, uint8_t* out, int64_t stride) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm256_extracti128_si256(v, 1));
+  static Int LoadLanes(const uint8_t* const* p, int step, int64_t offset) {
+    const auto lane = [&](int i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p[i * step] + offset));
+    };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
+  }
+  // Lane L of all four, one after the other, at out + L * stride.
+  static void StoreLanes(const Int v[4], void* to, int64_t stride) {
+    uint8_t* const out = static_cast<uint8_t*>(to);
+    Store(out, _mm256_permute2x128_si256(v[0], v[1], 0x20));
+    Store(out + 32, _mm256_permute2x128_si256(v[2], v[3], 0x20));
+    Store(out + stride, _mm256_permute2x128_si256(v[0], v[1], 0x31));
+    Store(out + stride + 32, _mm256_permute2x128_si256(v[2], v[3], 0x31));
   }
 
-  static Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
-  static Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
   static Int Add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int Sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static Int Splat(int32_t x) { return _mm256_set1_epi32(x); }
   static Int Scale(Int a, float scale) {
     return _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps(scale)));
   }
+  static Int Set1(char x) { return _mm256_set1_epi8(x); }
+  static Int And(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static Int Xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
   template <int kShift>
   static Int Srli(Int a) {
     return _mm256_srli_epi16(a, kShift);
@@ -225,9 +239,6 @@ struct Vec256 {
   static Int Total(Int sum, int) {
     return Instr::Widen(sum);
   }
-  static void AddTo(int32_t* sums, Int v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), Add(Load(sums), v));
-  }
   static __m128i SumEach(const Int v[4]) {
     const Int v01 = Add(UnpackLo32(v[0], v[1]), UnpackHi32(v[0], v[1]));
     const Int v23 = Add(UnpackLo32(v[2], v[3]), UnpackHi32(v[2], v[3]));
@@ -239,6 +250,10 @@ struct Vec256 {
     int32_t* const begin = list;
     for (; bits != 0; bits &= bits - 1) *list++ = static_cast<int32_t>(first) + __builtin_ctz(bits);
     return list - begin;
+  }
+  // Writes those of 16 bytes whose bit is set.
+  static void Compress(int bits, const int8_t* x, int8_t* out) {
+    for (; bits != 0; bits &= bits - 1) *out++ = x[__builtin_ctz(bits)];
   }
 };
 

@@ -7,6 +7,7 @@ namespace {
 
 struct Instr {
   static constexpr int kRows = 4;
+  static constexpr int kMaxColumnRows = 8;
   // A maddubs of codes 0..2 and activations -128..127 lies in -512..508; 64 of them in
   // -32768..32512.
   static constexpr int kMaxSums = 64;

@@ -4,13 +4,13 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/ternary_blocking.h"
-#include "kernels/cpu/ternary_lines.h"
+#include "kernels/cpu/ternary_columns.h"
+#include "kernels/cpu/ternary_rows.h"
 
 namespace ternion::kernels::avx512vnni {
 namespace {
 
-constexpr int kFields = 4;               // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
-constexpr int kPrefetchBytes = 64 * 96;  // ahead in the stream of codes
+constexpr int kFields = 4;  // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
 
 // Four activations, at any address.
 struct __attribute__((packed, may_alias)) Dword {
@@ -51,7 +51,6 @@ __attribute__((always_inline)) inline void AddBlock(__m512i (&acc)[kRows][kPlace
                                                     const uint8_t* codes, const int8_t* x) {
   __m512i fields[kFields];
   if constexpr (kPacked) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
     const __m512i block = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
     for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
@@ -79,14 +78,19 @@ __attribute__((noinline)) void StreamRows(const StreamArgs& a) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPlaces; ++p) acc[t][r][p] = _mm512_setzero_si512();
 
+  Ahead ahead = *a.ahead;
   const uint8_t* codes = a.codes;
   const int8_t* x = a.x;
   const uint8_t* const end = codes + 64 * a.num_blocks;
   for (; codes + 64 * (kTurns - 1) < end; codes += 64 * kTurns, x += 16 * kRows * kTurns) {
 #pragma GCC unroll 2
-    for (int t = 0; t < kTurns; ++t) AddBlock<true>(acc[t], codes + 64 * t, x + 16 * kRows * t);
+    for (int t = 0; t < kTurns; ++t) {
+      ahead.Fetch();
+      AddBlock<true>(acc[t], codes + 64 * t, x + 16 * kRows * t);
+    }
   }
   if (codes < end) AddBlock<true>(acc[0], codes, x);
+  *a.ahead = ahead;
 
   const __mmask16 mask = OutputMask(a.out.num_outputs);
 #pragma GCC unroll 32
@@ -168,31 +172,48 @@ struct Vec {
   using Int = __m512i;
   static constexpr int kBytes = 64;
   static constexpr int64_t kMaxSums = int64_t{1} << 30;
-  static constexpr int kColumnSums = 16;
-  static constexpr int kMaxLineSums = 4;
+  static constexpr int kRegisterSums = 24;
+  static constexpr int kLineRows = 4;
+  static constexpr int kMaxColumnRows = 48;
 
   static Int Zero() { return _mm512_setzero_si512(); }
-  static Int Set1(char x) { return _mm512_set1_epi8(x); }
   static Int Load(const void* p) { return _mm512_loadu_si512(p); }
+  static void Store(void* p, Int v) { _mm512_storeu_si512(p, v); }
   static Int Broadcast(const int8_t* x) {
     return _mm512_set1_epi32(reinterpret_cast<const Dword*>(x)->value);
   }
-  // 128-bit lanes, `stride` bytes apart.
-  static void StoreLanes(Int v, uint8_t* out, int64_t stride) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + stride), _mm512_extracti32x4_epi32(v, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * stride), _mm512_extracti32x4_epi32(v, 2));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 3 * stride), _mm512_extracti32x4_epi32(v, 3));
+  // Lane L: 16 bytes at p[L * step] + offset.
+  static Int LoadLanes(const uint8_t* const* p, int step, int64_t offset) {
+    const auto lane = [&](int i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p[i * step] + offset));
+    };
+    Int v = _mm512_castsi128_si512(lane(0));
+    v = _mm512_inserti32x4(v, lane(1), 1);
+    v = _mm512_inserti32x4(v, lane(2), 2);
+    return _mm512_inserti32x4(v, lane(3), 3);
+  }
+  // Lane L of all four, one after the other, at out + L * stride.
+  static void StoreLanes(const Int v[4], void* to, int64_t stride) {
+    uint8_t* const out = static_cast<uint8_t*>(to);
+    const Int low01 = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
+    const Int low23 = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const Int high01 = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+    const Int high23 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    Store(out, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    Store(out + stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    Store(out + 2 * stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    Store(out + 3 * stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
   }
 
-  static Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
-  static Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
   static Int Add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int Sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static Int Splat(int32_t x) { return _mm512_set1_epi32(x); }
   static Int Scale(Int a, float scale) {
     return _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(scale)));
   }
+  static Int Set1(char x) { return _mm512_set1_epi8(x); }
+  static Int And(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int Xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
   template <int kShift>
   static Int Srli(Int a) {
     return _mm512_srli_epi16(a, kShift);
@@ -221,9 +242,6 @@ struct Vec {
   static Int Total(Int sum, int f) {
     return _mm512_srai_epi32(sum, 2 * (f % kPlaces));
   }
-  static void AddTo(int32_t* sums, Int v) {
-    _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), v));
-  }
   // The sum of all lanes of each of four vectors.
   static __m128i SumEach(const Int v[4]) {
     const Int v01 = Add(UnpackLo32(v[0], v[1]), UnpackHi32(v[0], v[1]));
@@ -240,6 +258,12 @@ struct Vec {
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all));
     return __builtin_popcount(bits);
+  }
+  // Writes those of 16 bytes whose bit is set, and zeros up to 16.
+  static void Compress(int bits, const int8_t* x, int8_t* out) {
+    const __m512i all = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    const __m512i some = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), all);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(some));
   }
 };
 

@@ -7,6 +7,7 @@ namespace {
 
 struct Instr {
   static constexpr int kRows = 6;
+  static constexpr int kMaxColumnRows = 48;
   static constexpr int kMaxSums = 1 << 30;  // int32 already
 
   static __m256i Add(__m256i partial, __m256i codes, __m256i four) {

@@ -10,6 +10,8 @@
 // Included by files compiled for one instruction set: no std::, nothing inline from other headers.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "kernels/cpu/ternary_panels.h"
@@ -28,10 +30,52 @@ struct OutputTile {
   const int32_t* x_sums;  // [num_rows]
 };
 
+// For members of types that all variants share: no copy of one variant must serve another.
+#define TERNION_ALWAYS_INLINE __attribute__((always_inline)) inline
+
+// What will be read from memory next: kernels fetch some of it with each block they multiply,
+// so that memory and arithmetic overlap.
+struct Ahead {
+  const uint8_t* at;               // the next byte
+  const uint8_t* end;              // of this line
+  const uint8_t* lines = nullptr;  // some bytes of
+  int64_t line_bytes = 0;          //   each line, the lines being
+  int64_t stride = 0;              //   so far apart
+  const int32_t* list = nullptr;   // this line's number
+  const int32_t* list_end = nullptr;
+  int64_t step = 64;  // bytes at a time
+
+  // From the listed lines, one after the other: memory is fastest in its own order.
+  TERNION_ALWAYS_INLINE void Start(const int32_t* begin, int64_t count) {
+    list = begin;
+    list_end = begin + count;
+    at = end = lines;
+    if (count > 0) StartLine();
+  }
+  TERNION_ALWAYS_INLINE void Fetch() {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    at += step;
+    if (at < end) return;
+    if (list_end - list > 1) {
+      ++list;
+      StartLine();
+    } else {
+      at = end - step;  // all is fetched
+    }
+  }
+
+ private:
+  TERNION_ALWAYS_INLINE void StartLine() {
+    at = lines + *list * stride;
+    end = at + line_bytes;
+  }
+};
+
 struct StreamArgs {
   const uint8_t* codes;  // one panel
   const int8_t* x;       // [num_blocks, num_rows, 16]
   int64_t num_blocks;
+  Ahead* ahead;
   OutputTile out;
 };
 
@@ -50,6 +94,7 @@ constexpr int64_t kBlockInputs = 16;
 constexpr int64_t kBlockSize = 64;  // bytes, packed
 constexpr int64_t kUnpackedBlockSize = 4 * kBlockSize;
 constexpr int64_t kLinePanels = kLineOutputs / kPanelOutputs;
+constexpr int64_t kStreamAhead = 64 * 96;           // bytes from panels' codes to those to fetch
 constexpr int64_t kScratchSize = int64_t{1} << 20;  // base::kScratchBytesPerThread
 
 // A stretch is 2,048 columns: sums are loaded and stored rarely, and kRowBlock rows of it (528 KB)
@@ -100,29 +145,40 @@ static inline void InterleaveRows(const int8_t* x, int64_t x_stride, int64_t num
   });
 }
 
-// How StreamPanels and TilePanels get at blocks of a panel (packed): here they lie in memory.
+// How TilePanels gets at blocks of a panel (packed): here they lie in memory.
 // Panels are asked for in ascending order, all with the same blocks, before the next blocks are.
 struct PanelBlocks {
-  // Scratch that Get needs when asked for all blocks of panels.
-  static constexpr int64_t ScratchSize(int64_t) { return 0; }
-  static const uint8_t* Get(const TernaryRun& run, int64_t panel, int64_t block_begin, int64_t,
-                            uint8_t*) {
+  TERNION_ALWAYS_INLINE static const uint8_t* Get(const TernaryRun& run, int64_t panel,
+                                                  int64_t block_begin, int64_t, uint8_t*) {
     return run.codes + panel * run.stride_bytes + block_begin * kBlockSize;
   }
 };
 
+// One panel times few rows, those at `x` interleaved by pieces of kStreamRows.
+template <typename Micro>
+static inline void StreamPanel(const TernaryRun& run, const uint8_t* codes, const int8_t* x,
+                               Ahead& ahead, const OutputTile& out) {
+  ahead.step = 64 / ((run.num_rows + Micro::kStreamRows - 1) / Micro::kStreamRows);
+  ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
+    OutputTile piece = out;
+    piece.y += begin * out.y_stride;
+    piece.num_rows = static_cast<int>(end - begin);
+    piece.x_scales += begin;
+    piece.x_sums += begin;
+    Micro::Stream(
+        {codes, x + begin * run.num_blocks * kBlockInputs, run.num_blocks, &ahead, piece});
+  });
+}
+
 // Few rows: every panel is read once from memory; further pieces of rows find it in L1 or L2.
-template <typename Micro, typename Blocks>
+template <typename Micro>
 static void StreamPanels(const TernaryRun& run) {
-  uint8_t* const converted = run.scratch;
-  int8_t* const x = reinterpret_cast<int8_t*>(converted + Blocks::ScratchSize(run.num_blocks));
+  int8_t* const x = reinterpret_cast<int8_t*>(run.scratch);
   InterleaveRows(run.x, run.x_stride, run.num_rows, Micro::kStreamRows, run.num_blocks, x);
   for (int64_t panel = 0; panel < NumPanels(run); ++panel) {
-    const uint8_t* codes = Blocks::Get(run, panel, 0, run.num_blocks, converted);
-    ForPieces(run.num_rows, Micro::kStreamRows, [&](int64_t begin, int64_t end) {
-      Micro::Stream({codes, x + begin * run.num_blocks * kBlockInputs, run.num_blocks,
-                     Outputs(run, panel, begin, end)});
-    });
+    const uint8_t* codes = run.codes + panel * run.stride_bytes;
+    Ahead ahead = {codes + kStreamAhead, codes + kStreamAhead + run.stride_bytes};
+    StreamPanel<Micro>(run, codes, x, ahead, Outputs(run, panel, 0, run.num_rows));
   }
 }
 
@@ -157,14 +213,13 @@ static void TilePanels(const TernaryRun& run) {
   });
 }
 
-template <typename Micro, typename Blocks = PanelBlocks>
+template <typename Micro>
 static void RunPanelsWith(const TernaryRun& run) {
   const int64_t x_size = run.num_rows * run.num_blocks * kBlockInputs;
-  const bool fits = x_size + Blocks::ScratchSize(run.num_blocks) <= kScratchSize;
-  if (run.num_rows <= Micro::kMaxStreamedRows && fits) {
-    StreamPanels<Micro, Blocks>(run);
+  if (run.num_rows <= Micro::kMaxStreamedRows && x_size <= kScratchSize) {
+    StreamPanels<Micro>(run);
   } else {
-    TilePanels<Micro, Blocks>(run);
+    TilePanels<Micro, PanelBlocks>(run);
   }
 }
 

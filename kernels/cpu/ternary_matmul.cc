@@ -16,15 +16,23 @@ constexpr int64_t kFetchCost = 4;
 // Below this cost per thread (a few microseconds) waking the others takes longer than it saves.
 constexpr int64_t kMinCostPerThread = 8192;
 
-// Each thread gets whole multiples of as many outputs as share cache lines of weights.
-int64_t OutputsPerUnit(const TernaryGroup& group) {
-  return group.weights.layout == TernaryLayout::kColumns ? kLineOutputs : kPanelRows;
-}
+// With fewer cache lines of a column per thread, threads share lines: shares must be even.
+constexpr int64_t kMinLinesPerThread = 4;
 
-// Cost of a unit, all of its codes read: which of them are not is known only later.
-int64_t UnitCost(const TernaryGroup& group) {
-  const int64_t blocks = group.weights.num_blocks() * (OutputsPerUnit(group) / kPanelRows);
-  return group.num_rows > 0 ? blocks * (kFetchCost + group.num_rows) : 0;
+// What threads get whole multiples of.
+struct Unit {
+  int64_t outputs;
+  int64_t count;  // in the group
+  int64_t cost;   // all codes read: which of them are not is known only later
+};
+
+Unit UnitOf(const TernaryGroup& group, bool narrow) {
+  const bool columns = group.weights.layout == TernaryLayout::kColumns;
+  narrow = narrow && group.num_rows <= kMaxNarrowRows;
+  const int64_t outputs = !columns ? kPanelRows : narrow ? kNarrowOutputs : kLineOutputs;
+  const int64_t blocks = group.weights.num_blocks() * (outputs / kPanelRows);
+  return {outputs, base::CeilDiv(group.weights.rows, outputs),
+          group.num_rows > 0 ? blocks * (kFetchCost + group.num_rows) : 0};
 }
 
 // Outputs [begin, end) of the group, begin at a unit.
@@ -64,18 +72,21 @@ struct Variant {
 // All groups lie one after another on a line of cost; each thread takes one stretch of it, that is,
 // the units that begin there: contiguous weights, and no two threads in one panel.
 void Matmul(const TernaryMatmulArgs& args, Executor& executor, const Variant& variant) {
-  const auto num_units = [](const TernaryGroup& group) {
-    return base::CeilDiv(group.weights.rows, OutputsPerUnit(group));
-  };
-  int64_t total = 0;
-  for (const TernaryGroup& group : args.groups) total += UnitCost(group) * num_units(group);
-
   base::ThreadPool& threads = *executor.threads;
+  int64_t lines = 0, total = 0;
+  for (const TernaryGroup& group : args.groups) {
+    if (group.num_rows > 0) lines += base::CeilDiv(group.weights.rows, kLineOutputs);
+  }
+  const bool narrow = lines < kMinLinesPerThread * threads.num_threads();
+  for (const TernaryGroup& group : args.groups) {
+    const Unit unit = UnitOf(group, narrow);
+    total += unit.cost * unit.count;
+  }
+
   threads.ParallelFor(total, kMinCostPerThread, [&](int64_t begin, int64_t end, int thread) {
     for (const TernaryGroup& group : args.groups) {
-      const int64_t cost = UnitCost(group), outputs = OutputsPerUnit(group);
+      const auto [outputs, units, cost] = UnitOf(group, narrow);
       if (cost == 0) continue;
-      const int64_t units = num_units(group);
       const int64_t first = base::CeilDiv(std::max<int64_t>(begin, 0), cost);
       const int64_t last = std::min(base::CeilDiv(std::max<int64_t>(end, 0), cost), units);
       if (first < last) {

@@ -26,8 +26,11 @@ struct TernaryRun {
   uint8_t* scratch;   // base::kScratchBytesPerThread, 64-byte aligned
 };
 
-// A thread's share of a matrix of kColumns is a multiple of this: a line of 64 bytes.
+// A thread's share of a matrix of kColumns is a multiple of this: a line of 64 bytes. So few rows
+// may also have a quarter of it: all variants take them without turning lines into panels.
 constexpr int64_t kLineOutputs = 256;
+constexpr int64_t kNarrowOutputs = kLineOutputs / 4;
+constexpr int64_t kMaxNarrowRows = 8;
 
 // RunPanels, RunRows, RunColumns: the product, by layout. DotLoop: the variant's 8-bit dot product
 // alone, from registers to registers, for measuring the peak; returns the number of

@@ -28,6 +28,9 @@ std::vector<int8_t> RandomTernary(int64_t count, std::mt19937& rng) {
   return weights;
 }
 
+// So many rows or less skip lines that add nothing to any of them, in all variants.
+constexpr int64_t kFewRows = 8;
+
 constexpr TernaryLayout kLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
                                       TernaryLayout::kColumns};
 
@@ -308,6 +311,25 @@ TEST(Matmul, VariantsAgreeOnGroups) {
   }
 }
 
+// More threads than a matrix has lines of columns: they share lines.
+TEST(Matmul, ThreadsShareLines) {
+  std::mt19937 rng(15);
+  for (int64_t num_rows : {1, 3, 8, 9, 60}) {
+    const int64_t rows = 1000, columns = 1500;
+    Rows x(num_rows, columns, rng);
+    std::vector<Group> groups;
+    groups.emplace_back(
+        Pack(RandomTernary(rows * columns, rng), rows, columns, 1, TernaryLayout::kColumns), 0,
+        num_rows);
+    const auto expected = Product("scalar", x.view, groups, 1);
+    for (const char* isa : AvailableIsas()) {
+      for (int num_threads : {5, 16}) {
+        EXPECT_EQ(Product(isa, x.view, groups, num_threads), expected) << isa << num_threads;
+      }
+    }
+  }
+}
+
 TEST(Matmul, NoGroupsAtAll) {
   std::mt19937 rng(10);
   Rows x(1, 16, rng);
@@ -344,15 +366,22 @@ TEST_P(MatmulLayouts, ExtremeCodesDoNotOverflow) {
   }
 }
 
-enum class Live { kNone, kFew, kMost };
+enum class Live { kNone, kFew, kMost, kApart };  // apart: few in each row, others in the next
 
 // Whether each of `count` things is live.
 std::vector<bool> RandomLive(int64_t count, Live live, std::mt19937& rng) {
   std::vector<bool> mask(count);
   for (int64_t i = 0; i < count; ++i) {
-    mask[i] = live == Live::kMost ? rng() % 8 != 0 : live == Live::kFew && rng() % 8 == 0;
+    mask[i] = live == Live::kApart || (live == Live::kMost  ? rng() % 8 != 0
+                                       : live == Live::kFew ? rng() % 8 == 0
+                                                            : false);
   }
   return mask;
+}
+
+// Whether one of them is live in a row.
+bool LiveInRow(bool in_some, Live live, std::mt19937& rng) {
+  return in_some && (live == Live::kApart ? rng() % 8 == 0 : rng() % 4 != 0);
 }
 
 // Sets all codes in the line of `index` (an output of kRows, an input of kColumns) to 3.
@@ -373,20 +402,23 @@ struct SparseCase {
 
 std::vector<SparseCase> SparseCases(std::mt19937& rng) {
   std::vector<SparseCase> cases = {{1, 700, 2600, Live::kFew},  // several stretches
-                                   {2, 600, 2600, Live::kMost},
-                                   {1, 17000, 40, Live::kMost},  // several chunks of outputs
-                                   {3, 16384 + 5, 30, Live::kFew}};
-  for (int64_t num_rows : {1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 33, 70}) {
-    for (Live live : {Live::kNone, Live::kFew, Live::kMost}) {
-      cases.push_back({num_rows, 1 + static_cast<int64_t>(rng() % 600),
-                       1 + static_cast<int64_t>(rng() % 600), live});
+                                   {2, 600, 2600, Live::kMost},   {13, 300, 1100, Live::kMost},
+                                   {1, 9000, 40, Live::kMost},  // several chunks of outputs
+                                   {3, 4096 + 5, 30, Live::kFew}, {41, 3001, 20, Live::kMost},
+                                   {9, 300, 1100, Live::kApart},  {33, 70, 2000, Live::kApart}};
+  for (int64_t num_rows = 1; num_rows <= 40; ++num_rows) {
+    for (Live live : {Live::kFew, Live::kMost}) {
+      cases.push_back({num_rows, 1 + static_cast<int64_t>(rng() % 400),
+                       1 + static_cast<int64_t>(rng() % 400), live});
     }
   }
+  for (int64_t num_rows : {49, 65, 70}) cases.push_back({num_rows, 300, 200, Live::kMost});
+  for (int64_t num_rows : {1, 5, 20, 50}) cases.push_back({num_rows, 90, 100, Live::kNone});
   return cases;
 }
 
 // Inputs that are 0 in all rows, and in single rows, change nothing; neither does what the codes of
-// the former are, where a single row lets them be skipped.
+// the former are, where few rows let them be skipped.
 TEST(Sparse, ColumnsOfZeros) {
   std::mt19937 rng(12);
   for (const SparseCase& c : SparseCases(rng)) {
@@ -397,7 +429,7 @@ TEST(Sparse, ColumnsOfZeros) {
       x.view.sums[r] = 0;
       for (int64_t k = 0; k < c.columns; ++k) {
         int8_t& code = x.view.codes[r * x.view.stride + k];
-        if (!live[k] || rng() % 4 == 0) code = 0;
+        if (!LiveInRow(live[k], c.live, rng)) code = 0;
         x.view.sums[r] += code;
       }
     }
@@ -409,7 +441,7 @@ TEST(Sparse, ColumnsOfZeros) {
     const auto expected = Product("scalar", x.view, dense, 1);
     EXPECT_EQ(Product("scalar", x.view, sparse, 1), expected);
     ExpectAllEqual(x.view, sparse, "clean");
-    if (c.num_rows > 1) continue;
+    if (c.num_rows > kFewRows) continue;
     for (int64_t k = 0; k < c.columns; ++k) {
       if (!live[k]) PoisonLine(sparse[0].matrix, k);
     }
@@ -437,10 +469,11 @@ TEST(Sparse, GatedRows) {
       const int64_t o = i % stride;
       const float dead[] = {0.0f, -0.0f, -1.0f, -std::numeric_limits<float>::infinity()};
       const float alive[] = {1e-45f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
-      if (o < c.rows) gate[i] = live[o] && rng() % 4 != 0 ? alive[rng() % 3] : dead[rng() % 4];
+      if (o < c.rows)
+        gate[i] = LiveInRow(live[o], c.live, rng) ? alive[rng() % 3] : dead[rng() % 4];
     }
     const std::vector<float> expected = Product("scalar", x.view, dense, 1)[0];
-    if (c.num_rows == 1) {
+    if (c.num_rows <= kFewRows) {
       for (int64_t o = 0; o < c.rows; ++o) {
         if (!live[o]) PoisonLine(sparse[0].matrix, o);
       }
@@ -455,7 +488,7 @@ TEST(Sparse, GatedRows) {
             ASSERT_EQ(y[i], Group::kGuard) << isa << " wrote past the outputs, at " << i;
           } else if (!(gate[i] <= 0)) {
             ASSERT_EQ(y[i], expected[i]) << isa << ", output " << o;
-          } else if (!live[o] && c.num_rows == 1) {
+          } else if (!live[o] && c.num_rows <= kFewRows) {
             ASSERT_EQ(y[i], Group::kGuard) << isa << " computed the dead output " << o;
           }
         }
@@ -464,8 +497,13 @@ TEST(Sparse, GatedRows) {
   }
 }
 
-// Codes of lines that add nothing are not read: they lie on a page that must not be.
-TEST(Sparse, DeadLinesAreNotRead) {
+// Codes of lines that add nothing are not read: they lie on a page that must not be. Nor is
+// anything past the matrix, however its outputs are split.
+class DeadLines : public testing::TestWithParam<int64_t> {};
+INSTANTIATE_TEST_SUITE_P(Rows, DeadLines, testing::Values(1, 2, 4, kFewRows));
+
+TEST_P(DeadLines, AreNotRead) {
+  const int64_t num_rows = GetParam();
   const int64_t page = sysconf(_SC_PAGESIZE);
   std::mt19937 rng(14);
   for (TernaryLayout layout : {TernaryLayout::kRows, TernaryLayout::kColumns}) {
@@ -476,29 +514,36 @@ TEST(Sparse, DeadLinesAreNotRead) {
         Pack(RandomTernary(rows * columns, rng), rows, columns, 1.0f, layout);
     ASSERT_EQ(matrix.view.bytes(), 3 * page);
     void* const memory =
-        mmap(nullptr, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mmap(nullptr, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     ASSERT_NE(memory, MAP_FAILED);
     std::memcpy(memory, matrix.view.codes, 3 * page);
-    ASSERT_EQ(mprotect(static_cast<uint8_t*>(memory) + page, page, PROT_NONE), 0);
+    for (int64_t i : {1, 3}) {
+      ASSERT_EQ(mprotect(static_cast<uint8_t*>(memory) + i * page, page, PROT_NONE), 0);
+    }
 
-    Rows x(1, columns, rng);
-    std::vector<float> gate(rows, 1.0f), y(rows);
-    for (int64_t i = lines / 3; i < lines / 3 * 2; ++i) {
-      if (by_rows) {
-        gate[i] = -1.0f;
-      } else {
-        x.view.codes[i] = 0;
+    Rows x(num_rows, columns, rng);
+    std::vector<float> gate(num_rows * rows, 1.0f), y(num_rows * rows);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (int64_t i = lines / 3; i < lines / 3 * 2; ++i) {
+        if (by_rows) {
+          gate[r * rows + i] = -1.0f;
+        } else {
+          x.view.codes[r * x.view.stride + i] = 0;
+        }
       }
     }
     TernaryMatrix view = matrix.view;
     view.codes = static_cast<const uint8_t*>(memory);
-    const TernaryGroup group[] = {{view, 0, 1, y.data(), rows, by_rows ? gate.data() : nullptr}};
-    base::ThreadPool threads(1);
-    Executor executor{.threads = &threads};
-    for (const char* isa : AvailableIsas()) {
-      SelectCpuKernels(isa)->ternary_matmul({x.view, group}, executor);
+    const TernaryGroup group[] = {
+        {view, 0, num_rows, y.data(), rows, by_rows ? gate.data() : nullptr}};
+    for (int num_threads : {1, 4}) {
+      base::ThreadPool threads(num_threads);
+      Executor executor{.threads = &threads};
+      for (const char* isa : AvailableIsas()) {
+        SelectCpuKernels(isa)->ternary_matmul({x.view, group}, executor);
+      }
     }
-    munmap(memory, 3 * page);
+    munmap(memory, 4 * page);
   }
 }
 
