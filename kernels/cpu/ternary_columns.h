@@ -117,11 +117,11 @@ static inline int LiveInputs(const TernaryRun& run, int64_t block) {
   return live;
 }
 
-// Lists live columns from `block` on, as many as fit; returns the first block not looked at.
+// Lists live columns from `block` on, up to `max`; returns the first block not looked at.
 template <typename Vec>
-static int64_t FillStretch(const TernaryRun& run, int64_t block, Stretch& s) {
+static int64_t FillStretch(const TernaryRun& run, int64_t block, int64_t max, Stretch& s) {
   s.count = 0;
-  for (; block < run.num_blocks && s.count + kBlockInputs <= kStretchInputs; ++block) {
+  for (; block < run.num_blocks && s.count + kBlockInputs <= max; ++block) {
     const int live = LiveInputs(run, block);
     if (live == 0) continue;
     const int8_t* x = run.x + block * kBlockInputs;
@@ -350,9 +350,13 @@ static void RunColumnChunk(const TernaryRun& run, ColumnScratch& s, int64_t begi
   Ahead ahead = {nullptr, nullptr, codes, (size + 3) / 4, run.stride_bytes};
   Stretch* stretch = &s.stretches[0];
   Stretch* next = &s.stretches[1];
-  int64_t block = FillStretch<Vec>(run, 0, *stretch);
+  // Rows that take all fields at once gain little from long stretches; the first is not fetched
+  // ahead.
+  const bool few = run.num_rows * kNumFields <= Vec::kRegisterSums;
+  const int64_t max = few ? kStretchInputs / 2 : kStretchInputs;
+  int64_t block = FillStretch<Vec>(run, 0, max, *stretch);
   for (bool first = true; first || stretch->count > 0; first = false) {
-    block = FillStretch<Vec>(run, block, *next);
+    block = FillStretch<Vec>(run, block, max, *next);
     ahead.Start(next->list, next->count);
     ForTiles<Vec>(size, [&](int64_t o, bool wide, int64_t) {
       const ColumnTile tile = {codes + o / 4, run.stride_bytes, stretch, s.codes,
