@@ -1,15 +1,15 @@
 // The menu: every op a rank runs, as one function pointer and one args struct each.
 //
-// CPU variants (scalar, AVX2, AVX-VNNI, AVX-512 VNNI) and CUDA fill the same table; it is chosen once at
-// start (kernels/select.h) and passed down. Ops check nothing: shapes and ids were checked where they
-// came from. Ops allocate nothing.
+// CPU variants (scalar, AVX2, AVX-VNNI, AVX-512 VNNI) and CUDA fill the same table; it is chosen
+// once at start (kernels/select.h) and passed down. Ops check nothing: shapes and ids were checked
+// where they came from. Ops allocate nothing.
 //
-// Results. Integer products are exact and equal on all variants. Float ops sum in one fixed order (16
-// lanes over the reduced dimension, lane l taking elements 16i + l in ascending i with a product and a
-// sum that are rounded separately; then lanes are added pairwise: l and l+8, l+4, l+2, l+1), use no
-// library math functions, and treat each row alone: a row's result depends neither on the CPU variant,
-// nor on the number of threads, nor on the rows beside it. N ranks equal one rank bit for bit because
-// of this.
+// Results. Integer products are exact and equal on all variants. Float ops sum in one fixed order
+// (16 lanes over the reduced dimension, lane l taking elements 16i + l in ascending i with a
+// product and a sum that are rounded separately; then lanes are added pairwise: l and l+8, l+4,
+// l+2, l+1), use no library math functions, and treat each row alone: a row's result depends
+// neither on the CPU variant, nor on the number of threads, nor on the rows beside it. N ranks
+// equal one rank bit for bit because of this.
 #pragma once
 
 #include <cstdint>
@@ -50,9 +50,10 @@ struct RmsNormArgs {
 };
 
 // Optional RMSNorm, then one scale per row (NUMERICS.md, Activations). One pass over x from cache.
-// bits 8: s = 127 / max(absmax, 1e-5), code = clamp(round(x * s), -128, 127), scales = max(absmax, 1e-5) / 127.
-// bits 4: b = mean|x|, code = clamp(round(sqrt(7) * x / (b + 1e-5)), -8, 7), scales = b / sqrt(7).
-// round is half to even. A row with NaN gives unspecified codes (in range), never undefined behaviour.
+// bits 8: s = 127 / max(absmax, 1e-5), code = clamp(round(x * s), -128, 127), scales = max(absmax,
+// 1e-5) / 127. bits 4: b = mean|x|, code = clamp(round(sqrt(7) * x / (b + 1e-5)), -8, 7), scales =
+// b / sqrt(7). round is half to even. A row with NaN gives unspecified codes (in range), never
+// undefined behaviour.
 struct QuantizeArgs {
   const float* x = nullptr;       // [num_rows, x_stride]
   const float* weight = nullptr;  // [dim] norm weight, or null: no norm
@@ -61,22 +62,24 @@ struct QuantizeArgs {
   int64_t x_stride = 0;
   float eps = 0;
   int bits = 8;
-  bool top_half = false;  // codes of the smaller half by |x| (after the norm) become 0: kept are the
-                          // dim - dim / 2 largest and all that equal the least of these (bits 8 only)
+  bool top_half =
+      false;  // codes of the smaller half by |x| (after the norm) become 0: kept are the
+              // dim - dim / 2 largest and all that equal the least of these (bits 8 only)
 };
 
-// y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows of x
-// and own matrix. One matrix is one group; q, k and v are three groups over the same rows; experts are
-// one group each. num_rows may be 0. Work is split over threads by weight bytes and products.
+// y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows
+// of x and own matrix. One matrix is one group; q, k and v are three groups over the same rows;
+// experts are one group each. num_rows may be 0. Work is split over threads by weight bytes and
+// products.
 //
-// Up to 8 rows (on some processors more) do not read codes that add nothing to any of them: with kColumns,
-// those of inputs that are 0; with kRows and a gate, those of outputs whose gate is <= 0. Results are the
-// same bits in every layout.
+// A few rows do not read codes that add nothing to any of them: with kColumns (8 rows, 48 with
+// 512-bit vectors), those of inputs that are 0; with kRows (64 rows, fewer where columns are many)
+// and a gate, those of outputs whose gate is <= 0. Results are the same bits in every layout.
 struct TernaryGroup {
   TernaryMatrix weights;  // columns == x.dim
   int64_t row_begin = 0;  // first row of x
   int64_t num_rows = 0;
-  float* y = nullptr;     // [num_rows, y_stride], columns 0 .. weights.rows are written
+  float* y = nullptr;  // [num_rows, y_stride], columns 0 .. weights.rows are written
   int64_t y_stride = 0;
   // [num_rows, y_stride] or null. Not null: y is unspecified where the gate is <= 0. May be NaN.
   const float* gate = nullptr;
@@ -104,8 +107,8 @@ struct EmbedArgs {
   int64_t num_rows = 0;
 };
 
-// out = act(gate) * up. silu: gate / (1 + exp(-gate)) * up. relu2: gate^2 * up, and +0 where gate <= 0,
-// whatever up holds there.
+// out = act(gate) * up. silu: gate / (1 + exp(-gate)) * up. relu2: gate^2 * up, and +0 where gate
+// <= 0, whatever up holds there.
 enum class Activation : uint8_t { kSilu, kRelu2 };
 struct GluArgs {
   const float* gate = nullptr;  // [num_rows, stride]
@@ -130,9 +133,9 @@ struct RopeArgs {
   int head_dim = 0;
 };
 
-// x[head] = H x[head] for each head of a row, in place: H is the orthonormal Hadamard matrix (its own
-// inverse) of head_dim, a power of two. Elements are multiplied by head_dim^-0.5, then added and
-// subtracted in pairs at distances 1, 2, 4, ..
+// x[head] = H x[head] for each head of a row, in place: H is the orthonormal Hadamard matrix (its
+// own inverse) of head_dim, a power of two. Elements are multiplied by head_dim^-0.5, then added
+// and subtracted in pairs at distances 1, 2, 4, ..
 struct HadamardArgs {
   float* x = nullptr;  // [num_rows, stride], heads * head_dim columns used
   int64_t num_rows = 0;
@@ -141,14 +144,14 @@ struct HadamardArgs {
   int head_dim = 0;
 };
 
-// Writes rows of k (after RoPE) and v into the slots of their positions (kernels/kv_page.h). Rows of
-// one call are of distinct (page table, position).
+// Writes rows of k (after RoPE) and v into the slots of their positions (kernels/kv_page.h). Rows
+// of one call are of distinct (page table, position).
 struct KvStoreArgs {
-  const float* k = nullptr;               // [num_rows, stride]
-  const float* v = nullptr;               // [num_rows, stride]
-  const KvPage* const* pages = nullptr;   // [num_rows] the row's page table: page p holds positions
-                                          // p * kPageTokens ..
-  const int32_t* positions = nullptr;     // [num_rows]
+  const float* k = nullptr;              // [num_rows, stride]
+  const float* v = nullptr;              // [num_rows, stride]
+  const KvPage* const* pages = nullptr;  // [num_rows] the row's page table: page p holds positions
+                                         // p * kPageTokens ..
+  const int32_t* positions = nullptr;    // [num_rows]
   int64_t num_rows = 0;
   int64_t stride = 0;
   int kv_heads = 0;
@@ -156,18 +159,18 @@ struct KvStoreArgs {
   KvFormat format = KvFormat::kBf16;
 };
 
-// Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page table:
-// out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a prefill and
-// single decode steps give the same bits). Scores are summed over head_dim, and values over tokens, one
-// after the other in ascending order. Below bf16 the codes take the place of keys and values: a score is
-// (q . code) * (key scale * scale), and a weight times its value scale multiplies the codes; position 0,
-// which stays bf16, starts the softmax, its score summed in 16 lanes as above. heads / kv_heads *
-// (head_dim + 32) + 512 floats fit into a thread's scratch.
+// Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page
+// table: out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a
+// prefill and single decode steps give the same bits). Scores are summed over head_dim, and values
+// over tokens, one after the other in ascending order. Below bf16 the codes take the place of keys
+// and values: a score is (q . code) * (key scale * scale), and a weight times its value scale
+// multiplies the codes; position 0, which stays bf16, starts the softmax, its score summed in 16
+// lanes as above. heads / kv_heads * (head_dim + 32) + 512 floats fit into a thread's scratch.
 struct AttentionArgs {
-  const float* q = nullptr;               // [num_rows, q_stride], heads * head_dim columns
-  const KvPage* const* pages = nullptr;   // [num_rows] page table of the row's sequence
-  const int32_t* positions = nullptr;     // [num_rows]
-  float* out = nullptr;                   // [num_rows, out_stride]
+  const float* q = nullptr;              // [num_rows, q_stride], heads * head_dim columns
+  const KvPage* const* pages = nullptr;  // [num_rows] page table of the row's sequence
+  const int32_t* positions = nullptr;    // [num_rows]
+  float* out = nullptr;                  // [num_rows, out_stride]
   int64_t num_rows = 0;
   int64_t q_stride = 0;
   int64_t out_stride = 0;
@@ -179,8 +182,8 @@ struct AttentionArgs {
 };
 
 // Softmax over each row's logits in fp32, then the k largest (ties: the lower index), in descending
-// order. `renormalize` divides the chosen weights by their sum. num_experts floats fit into a thread's
-// scratch.
+// order. `renormalize` divides the chosen weights by their sum. num_experts floats fit into a
+// thread's scratch.
 struct GateTopKArgs {
   const float* logits = nullptr;  // [num_rows, num_experts]
   int32_t* ids = nullptr;         // [num_rows, k]

@@ -3,32 +3,26 @@
 namespace ternion::kernels {
 namespace {
 
-struct Format {
-  KvFormat format;
-  const char* name;
-  int bits;
-};
-constexpr Format kFormats[] = {{KvFormat::kBf16, "bf16", 16},
-                               {KvFormat::kInt8, "int8", 8},
-                               {KvFormat::kInt4, "int4", 4},
-                               {KvFormat::kInt3, "int3", 3}};
+constexpr KvFormat kFormats[] = {KvFormat::kBf16, KvFormat::kInt8, KvFormat::kInt4,
+                                 KvFormat::kInt3};
 
 }  // namespace
 
-const char* KvFormatName(KvFormat format) { return kFormats[static_cast<int>(format)].name; }
-
-int KvBits(KvFormat format) { return kFormats[static_cast<int>(format)].bits; }
+const char* KvFormatName(KvFormat format) {
+  constexpr const char* kNames[] = {"bf16", "int8", "int4", "int3"};
+  return kNames[static_cast<int>(format)];
+}
 
 std::optional<KvFormat> ParseKvFormat(const std::string& name) {
-  for (const Format& format : kFormats) {
-    if (name == format.name) return format.format;
+  for (KvFormat format : kFormats) {
+    if (name == KvFormatName(format)) return format;
   }
   return std::nullopt;
 }
 
 std::optional<KvFormat> KvFormatOfBits(int bits) {
-  for (const Format& format : kFormats) {
-    if (bits == format.bits) return format.format;
+  for (KvFormat format : kFormats) {
+    if (bits == KvBits(format)) return format;
   }
   return std::nullopt;
 }

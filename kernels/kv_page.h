@@ -12,7 +12,10 @@ enum class KvFormat : uint8_t { kBf16, kInt8, kInt4, kInt3 };
 
 const char* KvFormatName(KvFormat format);  // "bf16", "int8", "int4", "int3"
 std::optional<KvFormat> ParseKvFormat(const std::string& name);
-int KvBits(KvFormat format);  // 16, 8, 4, 3
+constexpr int KvBits(KvFormat format) {
+  constexpr int kBits[] = {16, 8, 4, 3};
+  return kBits[static_cast<int>(format)];
+}
 std::optional<KvFormat> KvFormatOfBits(int bits);
 
 // One page holds kPageTokens tokens of one layer, after RoPE.
@@ -33,7 +36,9 @@ std::optional<KvFormat> KvFormatOfBits(int bits);
 //   b bits, L = 2^(b-1): code = clamp(floor(x * (L / m)), -L, L - 1) + L, worth
 //   (code - L + 0.5) * (m / L): there is no zero
 // Position 0 of a sequence (the BOS, which every token looks at) stays bf16 in `first`; its slot in
-// page 0 has the scales 0 and unspecified codes.
+// page 0 has the scales 0 and unspecified codes. Every other token is rounded as it is written: a
+// page that stayed bf16 until it is full would make the tokens of a prompt depend on how it was
+// cut.
 inline constexpr int kPageTokens = 128;
 struct KvPage {
   void* keys = nullptr;

@@ -9,12 +9,15 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/status.h"
 #include "comm/collective.h"
 #include "launcher/progress.h"
 #include "launcher/report.h"
 #include "launcher/scoring.h"
+#include "launcher/statistics.h"
 
 namespace ternion::launcher {
 namespace {
@@ -22,28 +25,33 @@ namespace {
 using comm::RowFormat;
 using kernels::KvFormat;
 
-// What a rank may keep of the reference's logits; windows are compared in groups that fit.
-constexpr int64_t kReferenceBytes = int64_t{512} << 20;
-
 // One combination of precisions.
 struct Rung {
   runtime::WireOptions wire;
   KvFormat kv;
 };
 
-// The exact wire first: the reference. Then the other dispatches, exact otherwise; then each combine
-// with each KV cache, at the model's own dispatch.
-std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, KvFormat own_kv) {
+// The exact wire first: the reference. Then the other dispatches, with its combine; then each
+// combine with each KV cache, at the model's own dispatch. Where no row travels only caches differ.
+std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, bool rows_travel) {
   const RowFormat formats[] = {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kInt8,
                                RowFormat::kInt4};
   const KvFormat caches[] = {KvFormat::kBf16, KvFormat::kInt8, KvFormat::kInt4, KvFormat::kInt3};
   const RowFormat own_dispatch = *runtime::ResolveWire(config, {}).dispatch;
+  const KvFormat own_kv = *kernels::KvFormatOfBits(config.kv_bits);
   std::vector<Rung> rungs;
   const auto add = [&](const runtime::WireOptions& wire, KvFormat kv) {
     const runtime::ModelOptions options = {.max_rows = 1, .wire = wire, .kv = kv};
     if (runtime::CheckPrecisions(config, options).ok()) rungs.push_back({wire, kv});
   };
-  add({own_dispatch, RowFormat::kFp32, /*exact=*/true}, own_kv);
+  const runtime::WireOptions exact = {own_dispatch, RowFormat::kFp32, /*exact=*/true};
+  add(exact, own_kv);
+  if (!rows_travel) {
+    for (KvFormat kv : caches) {
+      if (kv != own_kv) add(exact, kv);
+    }
+    return rungs;
+  }
   for (RowFormat dispatch : formats) {
     if (dispatch != own_dispatch) add({dispatch, RowFormat::kFp32, /*exact=*/true}, own_kv);
   }
@@ -51,14 +59,6 @@ std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, KvFormat own_kv)
     for (RowFormat combine : formats) add({own_dispatch, combine}, kv);
   }
   return rungs;
-}
-
-// log(sum(e^x)), in double.
-double LogSumExp(std::span<const float> logits) {
-  const float largest = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (float logit : logits) sum += std::exp(static_cast<double>(logit) - largest);
-  return largest + std::log(sum);
 }
 
 size_t ArgMax(std::span<const float> logits) {
@@ -102,52 +102,43 @@ struct RungResult {
 class RowComparison {
  public:
   void StartReference() {
-    logits_.clear();
-    log_sums_.clear();
-    reference_ = true;
+    reference_.clear();
     next_row_ = 0;
+    keep_ = true;
   }
   void StartRung() {
-    reference_ = false;
+    TERNION_CHECK(next_row_ == reference_.size());
     next_row_ = 0;
+    keep_ = false;
   }
   void Take(std::span<const float> logits, RungResult& result) {
-    if (reference_) {
-      logits_.insert(logits_.end(), logits.begin(), logits.end());
-      log_sums_.push_back(LogSumExp(logits));
-    }
-    Compare(logits, result);
-    ++next_row_;
+    const double log_sum = LogSumExp(logits);
+    if (keep_) reference_.push_back({{logits.begin(), logits.end()}, log_sum});
+    TERNION_CHECK(next_row_ < reference_.size());
+    const Row& row = reference_[next_row_++];
+    result.kl.push_back(static_cast<float>(KlDivergence(row.logits, row.log_sum, logits, log_sum)));
+    result.same_top += ArgMax(logits) == ArgMax(row.logits);
   }
 
  private:
-  void Compare(std::span<const float> logits, RungResult& result) {
-    const std::span<const float> reference(logits_.data() + next_row_ * logits.size(),
-                                           logits.size());
-    const double log_sum = log_sums_[next_row_];
-    double kl = LogSumExp(logits) - log_sum;
-    for (size_t i = 0; i < logits.size(); ++i) {
-      const double difference = static_cast<double>(reference[i]) - logits[i];
-      if (difference != 0) kl += std::exp(reference[i] - log_sum) * difference;
-    }
-    result.kl.push_back(static_cast<float>(std::max(kl, 0.0)));
-    result.same_top += ArgMax(logits) == ArgMax(reference);
-  }
-
-  bool reference_ = true;
+  struct Row {
+    std::vector<float> logits;  // [vocab]
+    double log_sum;
+  };
+  std::vector<Row> reference_;
   size_t next_row_ = 0;
-  std::vector<float> logits_;     // [rows, vocab]
-  std::vector<double> log_sums_;  // [rows]
+  bool keep_ = true;
 };
 
 // One rank's side of the ladder.
 class Ladder {
  public:
-  Ladder(const EvalOptions& options, World& world, runtime::Engine& engine)
+  Ladder(const EvalOptions& options, World& world, runtime::Engine& engine, int64_t reference_bytes)
       : options_(options),
         world_(world),
         engine_(engine),
-        rungs_(MakeRungs(engine.config(), engine.kv_format())),
+        reference_bytes_(reference_bytes),
+        rungs_(MakeRungs(engine.config(), engine.config().moe() && engine.num_ranks() > 1)),
         results_(rungs_.size()) {}
 
   absl::Status Run();
@@ -157,6 +148,7 @@ class Ladder {
   absl::Status RunGroup(std::span<const TokenIds> windows, ProgressBar& bar);
   absl::Status RunRung(std::span<const TokenIds> windows, RungResult& result, ProgressBar& bar);
   absl::Status GatherResults();
+  absl::Status CheckFinite() const;
   absl::Status Report() const;
   Json RungJson(size_t index) const;
   double BitsPerByte(const RungResult& result) const {
@@ -166,6 +158,7 @@ class Ladder {
   const EvalOptions& options_;
   World& world_;
   runtime::Engine& engine_;
+  const int64_t reference_bytes_;
   const std::vector<Rung> rungs_;
   std::vector<RungResult> results_;  // [rungs]
   RowComparison rows_;
@@ -174,18 +167,18 @@ class Ladder {
   int64_t positions_ = 0, positions_run_ = 0;
 };
 
-// Rank 0 cuts the text; the others learn how many groups there are.
+// Rank 0 cuts the text, into windows as for `eval` and these into groups of at least one; the
+// others learn how many groups there are.
 absl::Status Ladder::CutGroups() {
-  const int64_t rows = kReferenceBytes / (engine_.config().vocab_size * int64_t{sizeof(float)});
   absl::Status status;
   if (world_.is_root()) {
     absl::StatusOr<ScoredText> text =
-        CutText(options_.text, options_.engine.model, engine_.config(),
-                std::min(MaxWindow(engine_), std::max<int64_t>(rows, 2)));
+        CutText(options_.text, options_.engine.model, engine_.config(), MaxWindow(engine_));
     status = text.status();
     if (text.ok()) text_ = *std::move(text);
   }
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world_.transport(), status));
+  const int64_t rows = reference_bytes_ / (engine_.config().vocab_size * int64_t{sizeof(float)});
   const std::span<const TokenIds> windows(text_.windows);
   for (size_t begin = 0, end; begin < windows.size(); begin = end) {
     int64_t taken = static_cast<int64_t>(windows[begin].size());
@@ -198,7 +191,11 @@ absl::Status Ladder::CutGroups() {
   for (const TokenIds& window : windows) positions_ += static_cast<int64_t>(window.size());
   TERNION_ASSIGN_OR_RETURN(const std::string count,
                            comm::Broadcast(world_.transport(), absl::StrCat(groups_.size())));
-  groups_.resize(std::strtoull(count.c_str(), nullptr, 10));
+  uint32_t num_groups = 0;
+  if (!absl::SimpleAtoi(count, &num_groups)) {
+    return absl::InvalidArgumentError("rank 0 sent a malformed number of groups");
+  }
+  groups_.resize(num_groups);
   return absl::OkStatus();
 }
 
@@ -268,12 +265,17 @@ double Mean(std::span<const float> values) {
   return sum / static_cast<double>(values.size());
 }
 
-// The smallest value that `share` of all values do not exceed.
-double Percentile(std::vector<float> values, double share) {
-  const size_t rank = static_cast<size_t>(std::ceil(share * static_cast<double>(values.size())));
-  const auto at = values.begin() + static_cast<int64_t>(std::max<size_t>(rank, 1) - 1);
-  std::nth_element(values.begin(), at, values.end());
-  return *at;
+// Rank 0, once all results are here.
+absl::Status Ladder::CheckFinite() const {
+  for (size_t i = 0; i < rungs_.size(); ++i) {
+    for (float kl : results_[i].kl) {
+      if (std::isfinite(kl)) continue;
+      return absl::InvalidArgumentError(absl::StrCat(options_.engine.model,
+                                                     " gives logits that are not finite (KV cache ",
+                                                     kernels::KvFormatName(rungs_[i].kv), ")"));
+    }
+  }
+  return absl::OkStatus();
 }
 
 Json Ladder::RungJson(size_t index) const {
@@ -297,6 +299,7 @@ Json Ladder::RungJson(size_t index) const {
 }
 
 absl::Status Ladder::Report() const {
+  TERNION_RETURN_IF_ERROR(CheckFinite());
   Json ladder = Json::array();
   std::printf("%s on %s: %lld tokens, %lld bytes, %d ranks; KL in nats, bytes per token\n\n",
               options_.engine.model.c_str(), options_.text.c_str(),
@@ -330,9 +333,12 @@ absl::Status Ladder::Report() const {
 
 }  // namespace
 
-absl::Status EvalLadder(const EvalOptions& options, World& world) {
-  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
-  return Ladder(options, world, *loaded.engine).Run();
+absl::Status EvalLadder(const EvalOptions& options, World& world, int64_t reference_bytes) {
+  // Loaded with the widest cache, so that it holds as many tokens at every precision.
+  EngineFlags flags = options.engine;
+  flags.kv = "bf16";
+  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(flags, world));
+  return Ladder(options, world, *loaded.engine, reference_bytes).Run();
 }
 
 }  // namespace ternion::launcher

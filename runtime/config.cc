@@ -193,10 +193,10 @@ void ReadAttention(Reader& reader, ModelConfig& config) {
   reader.Refuse("use_sliding_window");
 }
 
-void ReadPrecisions(Reader& reader, bool has_experts_of_ours, ModelConfig& config) {
+void ReadPrecisions(Reader& reader, bool is_bitnet_moe, ModelConfig& config) {
   config.act_bits = static_cast<int>(reader.IntOr("act_bits", 1, 32, 8));
   config.kv_bits = static_cast<int>(reader.IntOr("kv_bits", 1, 32, 16));
-  if (config.act_bits != 8 && (config.act_bits != 4 || !has_experts_of_ours)) {
+  if (config.act_bits != 8 && (config.act_bits != 4 || !is_bitnet_moe)) {
     reader.Note(absl::UnimplementedError(
         absl::StrCat("config.json: act_bits ", config.act_bits,
                      " is not supported (8 is, and 4 for model_type bitnet_moe)")));

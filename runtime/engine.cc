@@ -122,6 +122,9 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
 }
 
 absl::Status Engine::CheckReconfigure(const WireOptions& wire, kernels::KvFormat kv) const {
+  if (kv_cache_ == nullptr) {
+    return absl::FailedPreconditionError("there was no memory for the last change of precision");
+  }
   if (!idle()) return absl::FailedPreconditionError("sequences are still running");
   TERNION_RETURN_IF_ERROR(
       CheckPrecisions(config_, {.max_rows = options_.max_rows, .wire = wire, .kv = kv}));

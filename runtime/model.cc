@@ -49,9 +49,9 @@ int64_t LocalIntermediate(const ModelConfig& config) {
   return config.moe() ? config.shared_intermediate : config.dense_intermediate;
 }
 
-// A model that did not learn to live with few KV bits needs its outliers spread over the head.
+// A model that did not learn to live with so few KV bits needs its outliers spread over the head.
 bool RotatesHeads(const ModelConfig& config, kernels::KvFormat kv) {
-  return config.kv_bits == 16 && kernels::KvBits(kv) < 8;
+  return kernels::KvBits(kv) < std::min(8, config.kv_bits);
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ def wire_bytes(rung: dict) -> float:
 
 
 def draw(axes: pyplot.Axes, report: dict) -> None:
-    """One line per KV precision: what the combine's precision costs, over the bytes it leaves."""
+    """One line per KV precision: what the combine's precision costs, over the bytes it leaves. Rungs
+    with another dispatch than the model's own are in the table only."""
     reference = report["ladder"][0]
     for kv, color in COLORS.items():
         rungs = [
@@ -30,6 +31,8 @@ def draw(axes: pyplot.Axes, report: dict) -> None:
             for r in report["ladder"]
             if r["kv"] == kv and not r["exact"] and r["dispatch"] == reference["dispatch"]
         ]
+        if not rungs:  # a precision that the model does not go with
+            continue
         label = f"KV {kv}" + (" (the model's own)" if kv == reference["kv"] else "")
         points = [(wire_bytes(r), r["change_percent"], r["combine"]) for r in rungs]
         axes.plot(*zip(*(p[:2] for p in points)), "o-", color=color, label=label)

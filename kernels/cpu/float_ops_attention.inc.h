@@ -33,7 +33,7 @@ template <KvFormat kFormat>
 inline PageView ViewPage(const KvPage& page, int kv_head, int head_dim, int begin, int count) {
   const int64_t vector = int64_t{kBitsOf<kFormat>} * head_dim * kPageTokens / 8;
   const int64_t values =
-      kPacked<kFormat> ? base::CeilDiv(head_dim, kLanes) * kBlockBytes<kFormat> : vector;
+      kPacked<kFormat> ? base::CeilDiv(head_dim, kLanes) * kValueBlockBytes<kFormat> : vector;
   const int64_t scales = int64_t{kv_head} * kPageTokens;
   PageView view = {};
   view.keys = static_cast<const uint8_t*>(page.keys) + kv_head * vector;
@@ -152,10 +152,11 @@ inline void ValueTile(const float* weights, const PageView& page, int64_t begin,
     F32x16 v[T];
     if constexpr (kPacked<kFormat>) {
       if (token % kWordCodes == 0) {
-        const uint8_t* group = page.values + begin / kLanes * kBlockBytes<kFormat> +
+        const uint8_t* group = page.values + begin / kLanes * kValueBlockBytes<kFormat> +
                                token / kWordCodes * kWordsBytes<kFormat>;
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) words[t] = LoadWords<kBits>(group + t * kBlockBytes<kFormat>);
+        for (int t = 0; t < T; ++t)
+          words[t] = LoadWords<kBits>(group + t * kValueBlockBytes<kFormat>);
       }
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {

@@ -28,10 +28,7 @@ inline int64_t MinUnits(int64_t work) {
 
 // How codes of a KV page lie (kernels/kv_page.h).
 template <KvFormat kFormat>
-constexpr int kBitsOf = kFormat == KvFormat::kBf16   ? 16
-                        : kFormat == KvFormat::kInt8 ? 8
-                        : kFormat == KvFormat::kInt4 ? 4
-                                                     : 3;
+constexpr int kBitsOf = KvBits(kFormat);
 // Whether in words of eight.
 template <KvFormat kFormat>
 constexpr bool kPacked = kBitsOf<kFormat> < 8;
@@ -40,7 +37,7 @@ constexpr int kWordCodes = 8;
 template <KvFormat kFormat>
 constexpr int64_t kWordsBytes = int64_t{kLanes} * kBitsOf<kFormat>;
 template <KvFormat kFormat>
-constexpr int64_t kBlockBytes = kPageTokens / kWordCodes* kWordsBytes<kFormat>;
+constexpr int64_t kValueBlockBytes = kPageTokens / kWordCodes* kWordsBytes<kFormat>;
 
 }  // namespace
 }  // namespace ternion::kernels

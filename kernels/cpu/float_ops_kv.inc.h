@@ -133,10 +133,10 @@ inline float StoreValueCodes(const HeadSlot& at, const float* x) {
   } else {
     const int64_t blocks = base::CeilDiv(dim, kLanes);
     uint8_t* words = static_cast<uint8_t*>(at.page.values) +
-                     at.head * blocks * kBlockBytes<kFormat> +
+                     at.head * blocks * kValueBlockBytes<kFormat> +
                      at.slot / kWordCodes * kWordsBytes<kFormat>;
     return QuantizeHead<kBits>(x, dim, [&](int64_t d, int8_t code) {
-      SetCode<kBits>(words + d / kLanes * kBlockBytes<kFormat> + d % kLanes * kBits,
+      SetCode<kBits>(words + d / kLanes * kValueBlockBytes<kFormat> + d % kLanes * kBits,
                      at.slot % kWordCodes, code);
     });
   }

@@ -19,12 +19,11 @@ namespace ternion::kernels {
 
 template <typename Instr>
 struct Micro256 {
-  static constexpr int kFields = 4;  // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
   static constexpr int kHalves = 2;
   static constexpr int kMaxStreamedRows = 2 * Instr::kRows;
   static constexpr int kStreamRows = Instr::kRows;
   static constexpr int kTileRows = Instr::kRows;
-  static constexpr int64_t kMaxBlocks = Instr::kMaxSums / kFields;  // between two widenings
+  static constexpr int64_t kMaxBlocks = Instr::kMaxSums / kNumFields;  // between two widenings
 
   static __m256i Load(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -85,7 +84,7 @@ struct Micro256 {
       if constexpr (kPacked) ahead.Fetch();
       const __m256i low = Load(codes), high = Load(codes + 32);
 #pragma GCC unroll 4
-      for (int f = 0; f < kFields; ++f) {
+      for (int f = 0; f < kNumFields; ++f) {
         const uint8_t* field = codes + kBlockSize * f;
         const __m256i half0 = kPacked ? Field(low, f) : Load(field);
         const __m256i half1 = kPacked ? Field(high, f) : Load(field + 32);
@@ -167,7 +166,7 @@ struct Micro256 {
       const __m256i block = Load(codes + 32 * half);
       uint8_t* to = out + half / kHalves * kUnpackedBlockSize + half % kHalves * 32;
 #pragma GCC unroll 4
-      for (int f = 0; f < kFields; ++f) {
+      for (int f = 0; f < kNumFields; ++f) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64 * f), Field(block, f));
       }
     }

@@ -10,8 +10,6 @@
 namespace ternion::kernels::avx512vnni {
 namespace {
 
-constexpr int kFields = 4;  // 2-bit fields in a byte; field f holds columns 4f .. 4f+3
-
 // Four activations, at any address.
 struct __attribute__((packed, may_alias)) Dword {
   int32_t value;
@@ -49,19 +47,19 @@ inline __m512i Field(__m512i block, int f) {
 template <bool kPacked, int kRows, int kPlaces>
 __attribute__((always_inline)) inline void AddBlock(__m512i (&acc)[kRows][kPlaces],
                                                     const uint8_t* codes, const int8_t* x) {
-  __m512i fields[kFields];
+  __m512i fields[kNumFields];
   if constexpr (kPacked) {
     const __m512i block = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
-    for (int f = 0; f < kFields; ++f) fields[f] = Field<kPlaces>(block, f);
+    for (int f = 0; f < kNumFields; ++f) fields[f] = Field<kPlaces>(block, f);
   } else {
 #pragma GCC unroll 4
-    for (int f = 0; f < kFields; ++f) fields[f] = _mm512_load_si512(codes + 64 * f);
+    for (int f = 0; f < kNumFields; ++f) fields[f] = _mm512_load_si512(codes + 64 * f);
   }
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int f = 0; f < kFields; ++f) {
+    for (int f = 0; f < kNumFields; ++f) {
       AddDot(acc[r][f % kPlaces], fields[f], x + 16 * r + 4 * f);
     }
 }
@@ -151,8 +149,8 @@ struct Micro {
     for (int64_t b = 0; b < num_blocks; ++b) {
       const __m512i block = _mm512_loadu_si512(codes + 64 * b);
 #pragma GCC unroll 4
-      for (int f = 0; f < kFields; ++f) {
-        _mm512_store_si512(out + 64 * (kFields * b + f), Field<1>(block, f));
+      for (int f = 0; f < kNumFields; ++f) {
+        _mm512_store_si512(out + 64 * (kNumFields * b + f), Field<1>(block, f));
       }
     }
   }

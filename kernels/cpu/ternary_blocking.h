@@ -18,6 +18,8 @@
 
 namespace ternion::kernels {
 
+constexpr int kNumFields = 4;  // 2-bit fields in a byte; a panel's field f holds columns 4f .. 4f+3
+
 // Where the dot products of one kernel call go:
 // y[r][o] = float(dot - x_sums[r]) * (weight_scale * x_scales[r]).
 struct OutputTile {

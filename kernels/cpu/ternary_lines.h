@@ -21,7 +21,6 @@
 
 namespace ternion::kernels {
 
-constexpr int kNumFields = 4;        // 2-bit fields in a byte
 constexpr int kAllLive = 0xffff;     // bits of 16 lines
 constexpr int64_t kListedRows = 64;  // of activations: with more, hardly a line adds nothing
 

@@ -26,8 +26,8 @@ struct TernaryRun {
   uint8_t* scratch;   // base::kScratchBytesPerThread, 64-byte aligned
 };
 
-// A thread's share of a matrix of kColumns is a multiple of this: a line of 64 bytes. So few rows
-// may also have a quarter of it: all variants take them without turning lines into panels.
+// A thread's share of a matrix of kColumns is a multiple of a line of 64 bytes, which ColumnBlocks
+// transposes whole; up to kMaxNarrowRows rows do without that and may have a quarter of it.
 constexpr int64_t kLineOutputs = 256;
 constexpr int64_t kNarrowOutputs = kLineOutputs / 4;
 constexpr int64_t kMaxNarrowRows = 8;

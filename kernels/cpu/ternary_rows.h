@@ -172,8 +172,10 @@ static void DotListed(const TernaryRun& run, const int32_t* list, int64_t count,
   }
 }
 
-constexpr int64_t kShortLine = 128;   // bytes; here adding several sums up costs more than it saves
-constexpr int64_t kMiddleLine = 256;  // and here adding up sums of several rows
+// Lines so short, in bytes, that summing across lanes costs more than skipping saves: for several
+// lines at once, and for several rows, which go through panels instead.
+constexpr int64_t kShortLine = 128;
+constexpr int64_t kMiddleLine = 256;
 
 template <typename Vec, int kRows = Vec::kLineRows>
 static void DotListedRows(const TernaryRun& run, const int32_t* list, int64_t count,

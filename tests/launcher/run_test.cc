@@ -147,7 +147,7 @@ TEST_F(Command, UnknownInstructionSet) {
 
 TEST_F(Command, EvalReport) {
   const std::string text = directory_.path("text.txt");
-  WriteText(text, ReadText(SourcePath("models/tiny/heldout.txt")).substr(0, 6000));
+  WriteText(text, ReadText(SourcePath("models/tiny/test.txt")).substr(0, 6000));
   const Json alone = Report(0, {"eval", "--text", text, "--wire", "exact"});
   EXPECT_EQ(alone["bytes"], 6000);
   EXPECT_GT(alone["tokens"], 600);
@@ -173,7 +173,7 @@ const Json& FindRung(const Json& ladder, const Json& keys) {
 
 TEST_F(Command, LadderComparesWithTheExactWire) {
   const std::string text = directory_.path("text.txt");
-  WriteText(text, ReadText(SourcePath("models/tiny/heldout.txt")).substr(0, 3000));
+  WriteText(text, ReadText(SourcePath("models/tiny/test.txt")).substr(0, 3000));
   const Json eval = Report(3, {"eval", "--text", text, "--wire", "exact"});
   const Json report = Report(3, {"eval", "--text", text, "--ladder"});
   EXPECT_EQ(report["tokens"], eval["tokens"]);

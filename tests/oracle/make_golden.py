@@ -21,7 +21,7 @@ from oracle.config import ModelConfig, QuantConfig
 from oracle.model import GoldenModel
 
 MIN_GATE_MARGIN = 2e-3  # of gate logits: float noise must not flip an expert
-MIN_CODE_MARGIN = 2e-6  # relative, of what is rounded to int8 or bf16: nor a code
+MIN_CODE_MARGIN = 2e-6  # relative, of whatever is rounded: nor a code
 MIN_ROUNDING_MARGIN = 1e-5  # of |W|/g from 1/2: a differently summed mean must not flip a code
 ONLINE = QuantConfig(quantization_mode="online")
 DIVIDING = QuantConfig(linear_class="bitlinear")
@@ -162,7 +162,7 @@ CASES = [
     Case("bitnet_moe_kv8", replace(MOE, kv_bits=8, num_experts=3, num_hidden_layers=1)),
     Case(
         "bitnet_moe_rotated_kv3",
-        replace(MOE, hidden_size=128, num_hidden_layers=1, num_experts=3),
+        replace(MOE, hidden_size=128, num_hidden_layers=1, num_experts=3, kv_bits=8),
         num_tokens=9,
         kv_bits=3,
     ),

@@ -59,7 +59,7 @@ def train(
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    text = (TINY_DIR / "heldout.txt").read_text().splitlines(keepends=True)
+    text = (TINY_DIR / "test.txt").read_text().splitlines(keepends=True)
     tokenizer.train_from_iterator(text[:600] + TEXTS * 8, trainer)
     return tokenizer
 

@@ -604,6 +604,7 @@ TEST_F(BrokenModel, HeadsThatCannotBeRotated) {
     const absl::Status status = LoadWith(kDense, "kv_bits", 16, kv);
     EXPECT_TRUE(IsInvalid(status, "power of two"));
     EXPECT_TRUE(comm::IsAgreed(status));
+    EXPECT_TRUE(IsInvalid(LoadWith(kDense, "kv_bits", 8, kv), "power of two"));
     EXPECT_TRUE(LoadWith(kDense, "kv_bits", 3, kv).ok());  // trained for it: no rotation
   }
   EXPECT_TRUE(LoadWith(kDense, "kv_bits", 16, kernels::KvFormat::kInt8).ok());

@@ -38,7 +38,10 @@ std::vector<std::string> GoldenDirectories() {
 absl::StatusOr<std::optional<kernels::KvFormat>> KvOfRun(const std::string& directory) {
   if (!fs::exists(directory + "/run.json")) return std::nullopt;
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(directory + "/run.json"));
-  return kernels::ParseKvFormat(nlohmann::json::parse(text)["kv"]);
+  const std::string name = nlohmann::json::parse(text).value("kv", "");
+  const std::optional<kernels::KvFormat> kv = kernels::ParseKvFormat(name);
+  if (!kv) return absl::InvalidArgumentError(directory + "/run.json has no KV format: " + name);
+  return kv;
 }
 
 // Logits [ids, vocab] of one scored sequence on one rank.

@@ -4,7 +4,8 @@
 
 Writes DIR/train.txt and DIR/validation.txt, documents separated by a form feed ('\\f'), and
 DIR/test.txt, plain text that may be published. No document is in two of them, no paragraph occurs
-twice. Every source's licence is listed in ../README.md.
+twice, and paragraphs of the latter two that training text copies in part (sources quote each other)
+are dropped. Every source's licence is listed in ../README.md.
 """
 
 import argparse
@@ -23,6 +24,8 @@ TEST_BYTES = 200_000
 MAX_HELD_OUT_DOC_BYTES = 20_000  # so that both hold many documents
 MIN_DOC_CHARS = 200
 MIN_PARAGRAPH_CHARS = 40
+COPIED_RUN = 13  # words in a row that hardly stand twice by chance
+MAX_COPIED_SHARE = 0.1  # of a held-out paragraph's words
 
 HTML_SOURCES = {  # package -> folder of its English pages
     "apache2-doc": "usr/share/doc/apache2-doc/manual/en",
@@ -166,6 +169,29 @@ def bible_documents(unpacked: Path) -> Iterator[str]:
         yield "\n".join(verses)
 
 
+def runs_of_words(text: str) -> list[tuple[str, ...]]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return list(zip(*(words[i:] for i in range(COPIED_RUN))))
+
+
+def copied_share(paragraph: str, copied: set[tuple[str, ...]]) -> float:
+    """Share of a paragraph's words that stand in one of the runs `copied`."""
+    runs = runs_of_words(paragraph)
+    words = {at + i for at, run in enumerate(runs) if run in copied for i in range(COPIED_RUN)}
+    return len(words) / (len(runs) + COPIED_RUN - 1)
+
+
+def drop_copies(held_out: list[str], training: list[str]) -> list[str]:
+    """Documents without the paragraphs that training text copies."""
+    own = {run for doc in held_out for run in runs_of_words(doc)}
+    copied = {run for doc in training for run in runs_of_words(doc) if run in own}
+    kept = (
+        [p for p in doc.split("\n\n") if copied_share(p, copied) <= MAX_COPIED_SHARE]
+        for doc in held_out
+    )
+    return ["\n\n".join(paragraphs) for paragraphs in kept if paragraphs]
+
+
 def fetch(packages: list[str], work: Path) -> Path:
     """apt-get download + dpkg -x: nothing is installed."""
     debs, unpacked = work / "debs", work / "unpacked"
@@ -175,7 +201,9 @@ def fetch(packages: list[str], work: Path) -> Path:
             continue
         subprocess.run(["apt-get", "download", package], cwd=debs, check=True)
         deb = next(debs.glob(f"{package}_*.deb"))
-        subprocess.run(["dpkg", "-x", deb, unpacked / package], check=True)
+        partial = unpacked / f"{package}.partial"
+        subprocess.run(["dpkg", "-x", deb, partial], check=True)
+        partial.rename(unpacked / package)
     return unpacked
 
 
@@ -224,7 +252,8 @@ def sample(docs: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, s
 
 
 def split(docs: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Whole documents in random order: short ones fill the test and validation splits first."""
+    """Whole documents in random order: short ones fill the test split first, when they may be
+    published, then the validation split."""
     splits: dict[str, list[str]] = {"test": [], "validation": [], "train": []}
     left = {"test": TEST_BYTES, "validation": VALIDATION_BYTES}
     for package, text in docs:
@@ -242,18 +271,26 @@ def split(docs: list[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     work = parser.parse_args().work
     unpacked = fetch([*HTML_SOURCES, *DICT_SOURCES, *OTHER_SOURCES], work)
     docs = sample(list(deduplicate(documents(unpacked))), random.Random(1))
     splits = split(docs)
+    for name in ("test", "validation"):
+        splits[name] = drop_copies(splits[name], splits["train"])
     for name in ("train", "validation"):
         (work / f"{name}.txt").write_text(DOC_SEPARATOR.join(splits[name]), newline="")
     (work / "test.txt").write_text("\n\n".join(splits["test"]) + "\n", newline="")
     for package in sorted({p for p, _ in docs}):
         sizes = [len(t.encode()) for p, t in docs if p == package]
-        print(f"{package:28s} {len(sizes):7d} documents {sum(sizes) / 1e6:7.2f} MB")
+        deb = next((work / "debs").glob(f"{package}_*.deb")).stem
+        print(f"{deb:58s} {len(sizes):7d} documents {sum(sizes) / 1e6:7.2f} MB")
+    for name in ("train", "validation", "test"):
+        digest = hashlib.sha256((work / f"{name}.txt").read_bytes()).hexdigest()
+        print(f"{name}.txt sha256 {digest}")
 
 
 if __name__ == "__main__":

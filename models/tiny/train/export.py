@@ -52,6 +52,8 @@ def to_huggingface(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
 
 def export(checkpoint_path: Path, out: Path) -> None:
     saved = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
+    if saved["config"].act_bits == 16:
+        raise SystemExit("the float twin is only measured: give --tokenizer instead of --out")
     checkpoint.save(out, saved["config"], to_huggingface(saved["model"], saved["config"]))
     size = (out / "model.safetensors").stat().st_size
     print(
@@ -102,7 +104,7 @@ def evaluate(
     num_bytes = len(text.encode())
     print(
         f"{num_bytes} bytes, {len(ids) - 1} tokens, "
-        f"{nats / math.log(2) / num_bytes:.4f} bits per byte, "
+        f"{nats / math.log(2) / num_bytes:.5f} bits per byte, "
         f"perplexity {math.exp(nats / (len(ids) - 1)):.2f} per token"
     )
 
@@ -116,8 +118,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a directory with the twin's tokenizer.json")
     parser.add_argument("--evaluate", type=Path, metavar="TEXT")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     if args.out is None:
+        if not (args.checkpoint and args.tokenizer and args.evaluate):
+            parser.error("without --out: --checkpoint, --tokenizer and --evaluate")
         evaluate(args.evaluate, args.tokenizer, *twin_log_likelihood(args.checkpoint))
         return
     if args.checkpoint:

@@ -40,13 +40,11 @@ class GoldenModel:
         self.kv_bits = kv_bits or self.config.kv_bits
         self.zeros: dict[str, tuple[int, int]] = {}  # projection -> needless terms, all terms
         # Few bits that training did not see: turned so that no element stands out.
-        self.rotates = self.kv_bits <= 4 and self.config.kv_bits == 16
-        self.gate_margin = (
-            math.inf
-        )  # least gap between the last chosen and the first refused gate logit
-        self.code_margin = (
-            math.inf
-        )  # least relative distance from a tie in anything that was rounded
+        self.rotates = self.kv_bits < min(8, self.config.kv_bits)
+        # Least gap between the last chosen and the first refused gate logit.
+        self.gate_margin = math.inf
+        # Least relative distance from a tie in anything that was rounded.
+        self.code_margin = math.inf
 
     @torch.no_grad()
     def forward(self, ids: list[int]) -> Tensor:
