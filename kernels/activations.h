@@ -8,23 +8,23 @@
 
 namespace ternion::kernels {
 
-// Rows of signed 8-bit codes, one scale per row: x[r][c] = codes[r][c] * scales[r]. int4 rows (codes in
-// -8..7) are held widened to one byte each; only the wire packs them. A view.
+// Rows of signed 8-bit codes, one scale per row: x[r][c] = codes[r][c] * scales[r]. int4 rows
+// (codes in -8..7) are held widened to one byte each; only the wire packs them. A view.
 struct QuantizedRows {
-  int8_t* codes = nullptr;   // [num_rows, stride]; columns dim .. stride are 0
-  float* scales = nullptr;   // [num_rows], what one code is worth
-  int32_t* sums = nullptr;   // [num_rows], sum of the row's codes
+  int8_t* codes = nullptr;  // [num_rows, stride]; columns dim .. stride are 0
+  float* scales = nullptr;  // [num_rows], what one code is worth
+  int32_t* sums = nullptr;  // [num_rows], sum of the row's codes
   int64_t num_rows = 0;
   int64_t dim = 0;
-  int64_t stride = 0;        // bytes between rows, CodeStride(dim)
+  int64_t stride = 0;  // bytes between rows, CodeStride(dim)
 
   QuantizedRows Slice(int64_t begin, int64_t count) const {
     return {codes + begin * stride, scales + begin, sums + begin, count, dim, stride};
   }
 };
 
-// A multiple of 64 whose number of cache lines is odd: equal columns of neighbouring rows then fall into
-// different cache sets, also when dim is a power of two.
+// A multiple of 64 whose number of cache lines is odd: equal columns of neighbouring rows then fall
+// into different cache sets, also when dim is a power of two.
 constexpr int64_t CodeStride(int64_t dim) { return (base::CeilDiv(dim, 64) | 1) * 64; }
 
 // QuantizedRows with their memory. Capacity is fixed; `rows(n)` views the first n.

@@ -11,8 +11,9 @@ namespace ternion::kernels {
 // Names of the CPU variants this machine can run, slowest first; the first is "scalar".
 std::span<const char* const> AvailableIsas();
 
-// The variant named `isa`, or the fastest one this machine can run when `isa` is empty (callers pass the
-// TERNION_ISA environment variable). Null when the name is unknown or this machine lacks it.
+// The variant named `isa`, or the fastest one this machine can run when `isa` is empty (callers
+// pass the TERNION_ISA environment variable). Null when the name is unknown or this machine lacks
+// it.
 const Kernels* SelectCpuKernels(const std::string& isa);
 
 // The CUDA table, or null with `*why` set ("built without CUDA", "no device found").
