@@ -5,7 +5,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-PROMPT ?= To install the package
+PROMPT ?= Candle, n. 1. A
 DEMO := mpirun -n 4 build/release/ternion run --model models/tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6
 
 # CMake's own words are shown only when it fails.

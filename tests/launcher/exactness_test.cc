@@ -130,7 +130,7 @@ class Exactness : public testing::Test {
   }
 
   const TempDir directory_;
-  const std::string model_ = SourcePath("models/tiny");
+  std::string model_ = SourcePath("models/tiny");
   const std::string prompt_file_ = directory_.path("prompts.txt");
 };
 
@@ -198,6 +198,19 @@ TEST_F(Exactness, DispatchIsLossless) {
     wide.push_back("fp32");
     EXPECT_EQ(RunProcesses(2, narrow), RunProcesses(2, wide));
   }
+}
+
+// The a4.8 model: int4 rows, a 3-bit cache.
+TEST_F(Exactness, FourBitActivations) {
+  const Outcome of_tiny = RunThreads(1);
+  model_ = SourcePath("models/tiny-a48");
+  const Outcome alone = RunThreads(1);
+  EXPECT_NE(alone.hash, of_tiny.hash);
+  for (int ranks = 2; ranks <= 4; ++ranks) EXPECT_EQ(RunProcesses(ranks), alone) << ranks;
+  const auto with_dispatch = [&](const char* dispatch) {
+    return RunProcesses(3, {"--wire-combine", "bf16", "--wire-dispatch", dispatch});
+  };
+  EXPECT_EQ(with_dispatch("int4"), with_dispatch("fp32"));
 }
 
 // The combine does change bits, so the comparisons above can fail.

@@ -30,6 +30,7 @@ using test::IsInvalid;
 using Json = nlohmann::json;
 
 constexpr char kModel[] = TERNION_SOURCE_DIR "/models/tiny";
+constexpr char kModelA48[] = TERNION_SOURCE_DIR "/models/tiny-a48";
 constexpr int kExperts = 16;
 constexpr int32_t kVocab = 4096;
 
@@ -216,14 +217,14 @@ TEST(Engine, Int8DispatchIsLossless) {
   EXPECT_NE(Generate(c, requests), int8);
 }
 
-// The bundled model with another activation and KV width in its config: its weights were not
-// trained for it, but bits are bits.
+// A bundled model with another activation and KV width in its config: its weights were not trained
+// for it, but bits are bits.
 class Precisions : public ::testing::Test {
  protected:
-  std::string ModelWith(int act_bits, int kv_bits) {
+  std::string ModelWith(int act_bits, int kv_bits, const char* model = kModel) {
     const std::string path =
         directory_.path() + "/" + std::to_string(act_bits) + "-" + std::to_string(kv_bits);
-    std::filesystem::copy(kModel, path);
+    std::filesystem::copy(model, path);
     Json config = Json::parse(*base::ReadFile(path + "/config.json"));
     config["act_bits"] = act_bits;
     config["kv_bits"] = kv_bits;
@@ -235,7 +236,7 @@ class Precisions : public ::testing::Test {
 };
 
 TEST_F(Precisions, FourBitActivationsAndThreeBitCacheOnAnyNumberOfRanks) {
-  const std::string model = ModelWith(4, 3);
+  const std::string model = kModelA48;
   std::vector<Request> requests = ManyPrompts();
   requests.resize(6);
   requests.push_back(RandomPrompt(150, 6, 7));  // more than a page
@@ -245,8 +246,8 @@ TEST_F(Precisions, FourBitActivationsAndThreeBitCacheOnAnyNumberOfRanks) {
               expected);
   }
   // Both widths do something.
-  EXPECT_NE(Generate({.model = ModelWith(8, 3)}, requests), expected);
-  EXPECT_NE(Generate({.model = ModelWith(4, 16)}, requests), expected);
+  EXPECT_NE(Generate({.model = ModelWith(8, 3, kModelA48)}, requests), expected);
+  EXPECT_NE(Generate({.model = ModelWith(4, 16, kModelA48)}, requests), expected);
   EXPECT_NE(Generate({.kv = kernels::KvFormat::kInt4, .model = model}, requests), expected);
   EXPECT_EQ(Generate({.kv = kernels::KvFormat::kInt3, .model = model}, requests), expected);
 }
