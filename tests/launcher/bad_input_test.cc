@@ -341,7 +341,7 @@ const Case kCases[] = {
     {"PromptLongerThanKv",
      With({"--prompt"},
           [](auto&) -> Strings {
-            return {"--kv-tokens", "64", "--prompt", std::string(600, 'z')};
+            return {"--kv-tokens", "64", "--prompt", std::string(300, 'z')};
           }),
      {"prompt", "KV"}},
     {"SecondPromptLongerThanPositions",
