@@ -75,10 +75,8 @@ struct RungResult {
 
   std::string Serialize() const {
     const int64_t numbers[] = {same_top, dispatch_bytes, combine_bytes};
-    std::string bytes(sizeof(numbers) + kl.size() * sizeof(float), '\0');
-    std::memcpy(bytes.data(), numbers, sizeof(numbers));
-    std::memcpy(bytes.data() + sizeof(numbers), kl.data(), kl.size() * sizeof(float));
-    return bytes;
+    std::string bytes(reinterpret_cast<const char*>(numbers), sizeof(numbers));
+    return bytes.append(reinterpret_cast<const char*>(kl.data()), kl.size() * sizeof(float));
   }
   // Adds what another rank serialized.
   absl::Status Add(const std::string& bytes) {
@@ -91,6 +89,7 @@ struct RungResult {
     dispatch_bytes += numbers[1];
     combine_bytes += numbers[2];
     const size_t count = (bytes.size() - sizeof(numbers)) / sizeof(float), old = kl.size();
+    if (count == 0) return absl::OkStatus();  // a rank that owns no row
     kl.resize(old + count);
     std::memcpy(kl.data() + old, bytes.data() + sizeof(numbers), count * sizeof(float));
     return absl::OkStatus();
