@@ -27,7 +27,7 @@ absl::Status SendBytes(Transport& transport, RankId to, const std::string& bytes
   Message message = transport.Acquire(sizeof(header) + bytes.size());
   std::memcpy(message.bytes().data() + sizeof(header), bytes.data(), bytes.size());
   SealMessage(header, message.bytes());
-  transport.traffic().Add(Phase::kControl, transport.ScopeOf(to),
+  transport.traffic().Add(Direction::kSent, Phase::kControl, to,
                           {.payload_bytes = static_cast<int64_t>(bytes.size()),
                            .message_bytes = static_cast<int64_t>(message.size_bytes),
                            .messages = 1});
@@ -38,12 +38,12 @@ absl::Status SendBytes(Transport& transport, RankId to, const std::string& bytes
 absl::StatusOr<std::string> OpenArrival(Transport& transport, Arrival arrival) {
   const std::span<const uint8_t> message = arrival.message.bytes();
   TERNION_ASSIGN_OR_RETURN(const MessageHeader header,
-                           CheckHeader(message, ControlHeader(), arrival.from));
+                           CheckHeader(message, ControlHeader(), arrival.what.from));
   const std::span<const uint8_t> payload = message.subspan(sizeof(header));
   if (header.payload_bytes != payload.size()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("control message from rank ", base::Index(arrival.from), ": payload bytes is ",
-                     header.payload_bytes, ", expected ", payload.size()));
+        absl::StrCat("control message from rank ", base::Index(arrival.what.from),
+                     ": payload bytes is ", header.payload_bytes, ", expected ", payload.size()));
   }
   std::string bytes(payload.begin(), payload.end());
   transport.Recycle(std::move(arrival.message));
@@ -98,7 +98,7 @@ absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std:
   std::vector<RankId> waiting = OtherRanks(transport);
   while (!waiting.empty()) {
     TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive(waiting, Phase::kControl));
-    const RankId from = arrival.from;
+    const RankId from = arrival.what.from;
     std::erase(waiting, from);
     TERNION_ASSIGN_OR_RETURN(gathered[base::Index(from)],
                              OpenArrival(transport, std::move(arrival)));

@@ -35,6 +35,10 @@ void Reserve(kernels::QuantizedBuffer* buffer, int64_t rows, int64_t hidden) {
 
 bool IsFloat(RowFormat format) { return format == RowFormat::kFp32 || format == RowFormat::kBf16; }
 
+double SecondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 // fp32 parts of messages start at multiples of 4 bytes (wire.h).
 const float* AsFloats(const uint8_t* bytes) { return reinterpret_cast<const float*>(bytes); }
 
@@ -61,7 +65,15 @@ absl::Status ValidateExchangeOptions(const ExchangeOptions& options) {
   return absl::OkStatus();
 }
 
+void ReceivedRows::Clear() {
+  rows.clear();
+  routes.clear();
+}
+
 struct Exchange::Peer {
+  enum class Rows { kAwaited, kReady, kHandedOut };
+  Rows rows = Rows::kAwaited;       // its rows of this layer; this rank's own are ready at once
+  bool in_hand = false;             // among those that DispatchRecv handed out last
   Message dispatch;                 // its rows, held until CombineRecv ends
   DispatchView view;                // into dispatch
   kernels::QuantizedBuffer codes;   // its rows, when dispatch does not hold int8 codes
@@ -101,12 +113,18 @@ absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const Dispatc
   layer_ = layer;
   plan_ = plan;
   codes_ = codes;
-  waiting_.clear();
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    if (rank == rank_) continue;
+  dispatch_awaited_.clear();
+  combine_awaited_.clear();
+  for (Peer& peer : peers_) peer.rows = Peer::Rows::kAwaited;
+  peers_[rank_].rows = Peer::Rows::kReady;
+  // Every rank starts behind itself, so that they do not all send to the same one at first.
+  for (int i = 1; i < transport_->size(); ++i) {
+    const int rank = (rank_ + i) % transport_->size();
     TERNION_RETURN_IF_ERROR(SendDispatchTo(rank, normed));
-    waiting_.push_back(RankId{rank});
+    dispatch_awaited_.push_back({RankId{rank}, Phase::kDispatch});
+    if (!PlannedRows(rank).empty()) combine_awaited_.push_back({RankId{rank}, Phase::kCombine});
   }
+  sent_at_ = Clock::now();
   stage_ = Stage::kDispatchRecv;
   return absl::OkStatus();
 }
@@ -135,37 +153,95 @@ absl::Status Exchange::SendDispatchTo(int rank, const float* normed) {
               std::move(message));
 }
 
-absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv() {
+absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, Exchange* other) {
   TERNION_CHECK(stage_ == Stage::kDispatchRecv);
-  while (!waiting_.empty()) {
-    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport_->Receive(waiting_, Phase::kDispatch));
-    std::erase(waiting_, arrival.from);
-    TERNION_RETURN_IF_ERROR(TakeDispatch(std::move(arrival)));
+  TERNION_CHECK(other == nullptr || other->stage_ == Stage::kCombineRecv);
+  received_.Clear();
+  while (!dispatch_awaited_.empty() && ReadyRoutes() < min_routes) {
+    if (other != nullptr && other->IsBack()) return &received_;
+    TERNION_RETURN_IF_ERROR(Wait(other));
   }
-  TERNION_RETURN_IF_ERROR(transport_->Flush());  // the experts run next
-  received_.rows.clear();
-  received_.routes.clear();
+  HandOutReady();
+  if (!received_.rows.empty()) {
+    stage_ = Stage::kCombineSend;
+    return &received_;
+  }
+  stage_ = Stage::kCombineRecv;
+  return nullptr;
+}
+
+// Takes in the next message of this exchange or of the other's combine.
+absl::Status Exchange::Wait(Exchange* other) {
+  awaited_.assign(dispatch_awaited_.begin(), dispatch_awaited_.end());
+  awaited_.insert(awaited_.end(), combine_awaited_.begin(), combine_awaited_.end());
+  if (other != nullptr) {
+    awaited_.insert(awaited_.end(), other->combine_awaited_.begin(), other->combine_awaited_.end());
+  }
+  const Clock::time_point start = Clock::now();
+  absl::StatusOr<Arrival> arrival = transport_->Receive(awaited_);
+  meter().AddWait(SecondsSince(start));
+  if (!arrival.ok()) return arrival.status();
+  // From one peer the other's combine comes first: it was sent first.
+  const bool of_other = other != nullptr && other->Awaits(arrival->what);
+  return (of_other ? other : this)->Take(*std::move(arrival));
+}
+
+bool Exchange::Awaits(const Awaited& what) const {
+  return std::find(combine_awaited_.begin(), combine_awaited_.end(), what) !=
+         combine_awaited_.end();
+}
+
+absl::Status Exchange::Take(Arrival arrival) {
+  const Phase phase = arrival.what.phase;
+  std::vector<Awaited>& awaited = phase == Phase::kDispatch ? dispatch_awaited_ : combine_awaited_;
+  std::erase(awaited, arrival.what);
+  // A peer that is ahead may return rows before this rank has sent back those of others.
+  const bool sent = phase == Phase::kDispatch || stage_ == Stage::kCombineRecv;
+  if (awaited.empty() && sent) meter().AddWire(phase, SecondsSince(sent_at_));
+  const int rank = base::Index(arrival.what.from);
+  return phase == Phase::kDispatch ? TakeDispatch(rank, std::move(arrival.message))
+                                   : TakeCombine(rank, std::move(arrival.message));
+}
+
+absl::Status Exchange::TakeDispatch(int rank, Message message) {
+  Peer& peer = peers_[rank];
+  peer.dispatch = std::move(message);
+  TERNION_ASSIGN_OR_RETURN(
+      peer.view, ReadDispatch(peer.dispatch.bytes(), HeaderOf(Phase::kDispatch, 0, 0, 0), options_,
+                              RankId{rank}));
+  peer.rows = Peer::Rows::kReady;
+  CountMessage(Direction::kReceived, rank,
+               HeaderOf(Phase::kDispatch, peer.view.num_rows(), 0, peer.view.payload_bytes()),
+               peer.dispatch);
+  if (peer.view.num_rows() > 0 && options_.dispatch != RowFormat::kInt8) WidenCodes(peer);
+  return absl::OkStatus();
+}
+
+// Routes that are here and not handed out.
+int64_t Exchange::ReadyRoutes() const {
+  int64_t routes = 0;
   for (int rank = 0; rank < transport_->size(); ++rank) {
-    peers_[rank].first_row = received_.rows.size();
-    peers_[rank].first_route = received_.routes.size();
+    const Peer& peer = peers_[rank];
+    if (peer.rows != Peer::Rows::kReady) continue;
+    routes += rank == rank_ ? PlannedRoutes(rank) : peer.view.num_routes();
+  }
+  return routes;
+}
+
+void Exchange::HandOutReady() {
+  for (int rank = 0; rank < transport_->size(); ++rank) {
+    Peer& peer = peers_[rank];
+    peer.in_hand = peer.rows == Peer::Rows::kReady;
+    if (!peer.in_hand) continue;
+    peer.rows = Peer::Rows::kHandedOut;
+    peer.first_row = received_.rows.size();
+    peer.first_route = received_.routes.size();
     if (rank == rank_) {
       AppendOwnRows();
     } else {
-      AppendRowsOf(peers_[rank]);
+      AppendRowsOf(peer);
     }
   }
-  stage_ = Stage::kCombineSend;
-  return &received_;
-}
-
-absl::Status Exchange::TakeDispatch(Arrival arrival) {
-  Peer& peer = peers_[base::Index(arrival.from)];
-  peer.dispatch = std::move(arrival.message);
-  TERNION_ASSIGN_OR_RETURN(
-      peer.view, ReadDispatch(peer.dispatch.bytes(), HeaderOf(Phase::kDispatch, 0, 0, 0), options_,
-                              arrival.from));
-  if (peer.view.num_rows() > 0 && options_.dispatch != RowFormat::kInt8) WidenCodes(peer);
-  return absl::OkStatus();
 }
 
 // peer.codes from what is in the message: int4 codes unpacked, or float rows quantized just as
@@ -215,30 +291,37 @@ void Exchange::AppendOwnRows() {
   }
   const int64_t rows = PlannedRows(rank_).size();
   const DispatchLayout layout(options_.dispatch, options_.hidden, rows, 0);
-  CountTraffic(Phase::kDispatch, rank_, {.payload_bytes = layout.payload_bytes, .rows = rows});
+  meter().Add(Direction::kSent, Phase::kDispatch, RankId{rank_},
+              {.payload_bytes = layout.payload_bytes, .rows = rows});
 }
 
 // ---- Combine
 
 absl::Status Exchange::CombineSend(const float* outputs) {
   TERNION_CHECK(stage_ == Stage::kCombineSend);
-  for (int rank = 0; rank < transport_->size(); ++rank) {
+  for (int i = 0; i < transport_->size(); ++i) {
+    const int rank = (rank_ + i) % transport_->size();
     Peer& peer = peers_[rank];
+    if (!peer.in_hand) continue;
     const int64_t first = options_.presum ? peer.first_row : peer.first_route;
     const float* rows = outputs + first * options_.hidden;
     if (rank == rank_) {
       peer.returned = rows;  // never encoded: own sums are not rounded
-      const int64_t count = PlannedRows(rank).size();
-      CountTraffic(Phase::kCombine, rank,
-                   {.payload_bytes = static_cast<int64_t>(
-                        CombineHeader(count, PlannedRoutes(rank)).payload_bytes),
-                    .rows = count});
+      CountOwnCombine();
     } else if (peer.view.num_rows() > 0) {
       TERNION_RETURN_IF_ERROR(SendCombineTo(rank, rows));
     }
   }
-  stage_ = Stage::kCombineRecv;
+  sent_at_ = dispatch_awaited_.empty() ? Clock::now() : sent_at_;
+  stage_ = Stage::kDispatchRecv;
   return absl::OkStatus();
+}
+
+void Exchange::CountOwnCombine() {
+  const int64_t rows = PlannedRows(rank_).size();
+  const MessageHeader header = CombineHeader(rows, PlannedRoutes(rank_));
+  meter().Add(Direction::kSent, Phase::kCombine, RankId{rank_},
+              {.payload_bytes = static_cast<int64_t>(header.payload_bytes), .rows = rows});
 }
 
 absl::Status Exchange::SendCombineTo(int rank, const float* rows) {
@@ -254,17 +337,20 @@ absl::Status Exchange::SendCombineTo(int rank, const float* rows) {
   return Send(rank, header, std::move(message));
 }
 
+absl::StatusOr<bool> Exchange::CombineReady() {
+  TERNION_CHECK(stage_ == Stage::kCombineRecv);
+  while (!IsBack()) {
+    TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival,
+                             transport_->TryReceive(combine_awaited_));
+    if (!arrival) return false;
+    TERNION_RETURN_IF_ERROR(Take(*std::move(arrival)));
+  }
+  return true;
+}
+
 absl::Status Exchange::CombineRecv(float* out) {
   TERNION_CHECK(stage_ == Stage::kCombineRecv);
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    if (rank != rank_ && !PlannedRows(rank).empty()) waiting_.push_back(RankId{rank});
-  }
-  while (!waiting_.empty()) {
-    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport_->Receive(waiting_, Phase::kCombine));
-    std::erase(waiting_, arrival.from);
-    TERNION_RETURN_IF_ERROR(TakeCombine(std::move(arrival)));
-  }
-  TERNION_RETURN_IF_ERROR(transport_->Flush());  // the next layer's attention runs next
+  while (!IsBack()) TERNION_RETURN_IF_ERROR(Wait(nullptr));
   CollectTerms();
   kernels_->weighted_sum({.terms = term_rows_.data(),
                           .weights = options_.presum ? nullptr : term_weights_.data(),
@@ -282,12 +368,19 @@ absl::Status Exchange::CombineRecv(float* out) {
   return absl::OkStatus();
 }
 
-absl::Status Exchange::TakeCombine(Arrival arrival) {
-  const int rank = base::Index(arrival.from);
+absl::Status Exchange::Flush() {
+  const Clock::time_point start = Clock::now();
+  const absl::Status status = transport_->Flush();
+  meter().AddWait(SecondsSince(start));
+  return status;
+}
+
+absl::Status Exchange::TakeCombine(int rank, Message message) {
   Peer& peer = peers_[rank];
-  peer.combine = std::move(arrival.message);
+  peer.combine = std::move(message);
   const MessageHeader expected = CombineHeader(PlannedRows(rank).size(), PlannedRoutes(rank));
-  TERNION_RETURN_IF_ERROR(CheckCombine(peer.combine.bytes(), expected, arrival.from));
+  TERNION_RETURN_IF_ERROR(CheckCombine(peer.combine.bytes(), expected, RankId{rank}));
+  CountMessage(Direction::kReceived, rank, expected, peer.combine);
   const int64_t num_rows = options_.presum ? expected.rows : expected.routes;
   peer.returned = FloatRows(options_.combine, peer.combine.bytes().data() + sizeof(expected),
                             num_rows, &peer.floats);
@@ -368,11 +461,7 @@ MessageHeader Exchange::CombineHeader(int64_t rows, int64_t routes) const {
 
 absl::Status Exchange::Send(int rank, const MessageHeader& header, Message message) {
   SealMessage(header, message.bytes());
-  CountTraffic(header.phase, rank,
-               {.payload_bytes = static_cast<int64_t>(header.payload_bytes),
-                .message_bytes = static_cast<int64_t>(message.size_bytes),
-                .messages = 1,
-                .rows = header.rows});
+  CountMessage(Direction::kSent, rank, header, message);
   return transport_->Send(RankId{rank}, header.phase, std::move(message));
 }
 
@@ -400,8 +489,13 @@ void Exchange::ForRows(int64_t count, Body&& body) {
                                   });
 }
 
-void Exchange::CountTraffic(Phase phase, int rank, const TrafficCount& count) {
-  transport_->traffic().Add(phase, transport_->ScopeOf(RankId{rank}), count);
+void Exchange::CountMessage(Direction direction, int rank, const MessageHeader& header,
+                            const Message& message) {
+  meter().Add(direction, header.phase, RankId{rank},
+              {.payload_bytes = static_cast<int64_t>(header.payload_bytes),
+               .message_bytes = static_cast<int64_t>(message.size_bytes),
+               .messages = 1,
+               .rows = header.rows});
 }
 
 }  // namespace ternion::comm

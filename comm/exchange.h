@@ -1,19 +1,28 @@
 // The activation exchange of one MoE layer: rows go to the ranks of their experts and come back
 // summed.
 //
-// Call order on every rank, for every layer: DispatchSend, DispatchRecv, (experts run),
-// CombineSend, CombineRecv. Each half is nonblocking where it can be, so that work fits between
-// them. Collective: a rank without rows calls too. Exactly one dispatch message goes to every peer
-// (without rows it is a bare header, so no count round is needed); a combine message goes back
-// wherever rows came from.
+// Call order on every rank, for every layer:
+//
+//   DispatchSend(...);
+//   while (const ReceivedRows* rows = DispatchRecv(...)) CombineSend(experts' outputs of *rows);
+//   CombineRecv(...);
+//
+// Each half is nonblocking where it can be, so that work fits between them. Collective: a rank
+// without rows calls too. Exactly one dispatch message goes to every peer (without rows it is a
+// bare header, so no count round is needed); a combine message goes back wherever rows came from.
 //
 // Sums. `presum`: each rank returns one row per received row, its own experts' weighted outputs
 // added in ascending expert id; the owner adds in ascending rank. Without presum (the exact wire):
 // one unweighted row per (row, expert), and the owner adds weight * row in ascending expert id,
 // which does not depend on where experts live.
+//
+// Two micro-batches are two exchanges over one transport, and their layers take turns: between
+// ranks, messages of one phase keep the order in which DispatchSend and CombineSend were called.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -57,6 +66,8 @@ struct ReceivedRow {
 struct ReceivedRows {
   std::vector<ReceivedRow> rows;
   std::vector<Route> routes;  // grouped by row
+
+  void Clear();
 };
 
 struct ExchangeOptions {
@@ -95,15 +106,33 @@ class Exchange {
   absl::Status DispatchSend(uint32_t step, uint32_t layer, const DispatchPlan& plan,
                             const kernels::QuantizedRows& codes, const float* normed);
 
-  // Rows for this rank's experts, from all ranks. Valid until CombineRecv returns.
-  absl::StatusOr<const ReceivedRows*> DispatchRecv();
+  // The next rows for this rank's experts; null when all were handed out. Own rows and those of
+  // early peers come first if they have at least `min_routes` routes (so many that to run experts
+  // on them apart costs no more than to run them with the rest); else it waits for more. Valid
+  // until the next call.
+  //
+  // `other`: the other micro-batch, which has sent its combine. Its rows are taken in meanwhile,
+  // and when all are back before this exchange has rows to hand out, the list is empty: go on with
+  // the other one, then call again.
+  static constexpr int64_t kAllRoutes = std::numeric_limits<int64_t>::max();
+  absl::StatusOr<const ReceivedRows*> DispatchRecv(int64_t min_routes = kAllRoutes,
+                                                   Exchange* other = nullptr);
 
-  // Sends the experts' outputs back. presum: [received rows, hidden]; else [received routes,
-  // hidden], unweighted, in the order of ReceivedRows::routes. Must stay until CombineRecv returns.
+  // Sends back what the experts made of the rows that DispatchRecv handed out last. presum:
+  // [received rows, hidden]; else [received routes, hidden], unweighted, in the order of
+  // ReceivedRows::routes. Must stay until CombineRecv returns.
   absl::Status CombineSend(const float* outputs);
+
+  // After the last CombineSend: whether all rows are back, so that CombineRecv need not wait. Takes
+  // in what has arrived.
+  absl::StatusOr<bool> CombineReady();
 
   // Adds the returned rows onto `out` [own rows, hidden].
   absl::Status CombineRecv(float* out);
+
+  // Waits until this rank's messages have left (Transport::Flush). Before computing for long
+  // without looking at the exchange.
+  absl::Status Flush();
 
   bool NeedsNormed() const;
   const ExchangeOptions& options() const { return options_; }
@@ -117,15 +146,23 @@ class Exchange {
     float weight = 0;
     const float* row = nullptr;  // [hidden]
   };
+  using Clock = std::chrono::steady_clock;
 
   absl::Status SendDispatchTo(int rank, const float* normed);
-  absl::Status TakeDispatch(Arrival arrival);
+  absl::Status TakeDispatch(int rank, Message message);
   void WidenCodes(Peer& peer);
+  int64_t ReadyRoutes() const;
+  void HandOutReady();
   void AppendRowsOf(Peer& peer);
   void AppendOwnRows();
 
+  absl::Status Wait(Exchange* other);
+  absl::Status Take(Arrival arrival);
+  bool Awaits(const Awaited& what) const;
+  bool IsBack() const { return combine_awaited_.empty(); }
+
   absl::Status SendCombineTo(int rank, const float* rows);
-  absl::Status TakeCombine(Arrival arrival);
+  absl::Status TakeCombine(int rank, Message message);
   void CollectTerms();
   template <typename Visit>
   void ForEachTerm(Visit&& visit) const;
@@ -139,7 +176,10 @@ class Exchange {
                          base::Array<float>* decoded);
   template <typename Body>
   void ForRows(int64_t count, Body&& body);
-  void CountTraffic(Phase phase, int rank, const TrafficCount& count);
+  void CountOwnCombine();
+  void CountMessage(Direction direction, int rank, const MessageHeader& header,
+                    const Message& message);
+  TrafficMeter& meter() { return transport_->traffic(); }
 
   const ExchangeOptions options_;
   Transport* const transport_;
@@ -154,8 +194,11 @@ class Exchange {
   DispatchPlan plan_;
   kernels::QuantizedRows codes_;  // the caller's
   ReceivedRows received_;
-  std::vector<Peer> peers_;      // [size], this rank's own unused but for its place in received_
-  std::vector<RankId> waiting_;  // ranks whose message is still to come
+  std::vector<Peer> peers_;                // [size], this rank's own among them
+  std::vector<Awaited> dispatch_awaited_;  // messages that are still to come
+  std::vector<Awaited> combine_awaited_;
+  std::vector<Awaited> awaited_;  // what Wait looks for
+  Clock::time_point sent_at_;     // when the phase in progress was sent
 
   // What CombineRecv adds: onto row i, terms_[term_begin_[i]] .. terms_[term_begin_[i + 1]] - 1.
   std::vector<int32_t> term_begin_;

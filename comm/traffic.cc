@@ -1,29 +1,32 @@
 #include "comm/traffic.h"
 
 namespace ternion::comm {
-namespace {
 
-void AddTo(const TrafficCount& count, TrafficCount* sum) {
-  sum->payload_bytes += count.payload_bytes;
-  sum->message_bytes += count.message_bytes;
-  sum->messages += count.messages;
-  sum->rows += count.rows;
+TrafficCount& TrafficCount::operator+=(const TrafficCount& other) {
+  payload_bytes += other.payload_bytes;
+  message_bytes += other.message_bytes;
+  messages += other.messages;
+  rows += other.rows;
+  return *this;
 }
 
-}  // namespace
-
-void TrafficMeter::Add(Phase phase, TrafficScope scope, const TrafficCount& count) {
-  AddTo(count, &counts_[static_cast<int>(phase)][static_cast<int>(scope)]);
+void TrafficMeter::Add(Direction direction, Phase phase, base::RankId peer,
+                       const TrafficCount& count) {
+  const size_t index = base::Index(peer);
+  if (counts_.size() <= index) counts_.resize(index + 1);
+  counts_[index][static_cast<int>(direction)][static_cast<int>(phase)] += count;
 }
 
-const TrafficCount& TrafficMeter::at(Phase phase, TrafficScope scope) const {
-  return counts_[static_cast<int>(phase)][static_cast<int>(scope)];
+TrafficCount TrafficMeter::at(Direction direction, Phase phase, base::RankId peer) const {
+  const size_t index = base::Index(peer);
+  if (counts_.size() <= index) return {};
+  return counts_[index][static_cast<int>(direction)][static_cast<int>(phase)];
 }
 
-TrafficCount TrafficMeter::Wire(Phase phase) const {
-  TrafficCount sum = at(phase, TrafficScope::kIntraNode);
-  AddTo(at(phase, TrafficScope::kInterNode), &sum);
-  return sum;
+void TrafficMeter::Reset() {
+  counts_.assign(counts_.size(), {});
+  wire_seconds_ = {};
+  wait_seconds_ = 0;
 }
 
 }  // namespace ternion::comm

@@ -30,9 +30,28 @@ void MessagePool::Recycle(Message message) {
   free_[std::countr_zero(message.memory.size())].push_back(std::move(message.memory));
 }
 
+absl::StatusOr<Arrival> Transport::Receive(std::span<const RankId> from, Phase phase) {
+  std::vector<Awaited> awaited;
+  for (RankId rank : from) awaited.push_back({rank, phase});
+  return Receive(awaited);
+}
+
 TrafficScope Transport::ScopeOf(RankId peer) const {
   if (peer == rank()) return TrafficScope::kSelf;
   return NodeOf(peer) == NodeOf(rank()) ? TrafficScope::kIntraNode : TrafficScope::kInterNode;
+}
+
+TrafficCount Transport::Traffic(Direction direction, Phase phase, TrafficScope scope) const {
+  TrafficCount sum;
+  for (int rank = 0; rank < size(); ++rank) {
+    if (ScopeOf(RankId{rank}) == scope) sum += traffic_.at(direction, phase, RankId{rank});
+  }
+  return sum;
+}
+
+TrafficCount Transport::WireTraffic(Direction direction, Phase phase) const {
+  TrafficCount sum = Traffic(direction, phase, TrafficScope::kIntraNode);
+  return sum += Traffic(direction, phase, TrafficScope::kInterNode);
 }
 
 }  // namespace ternion::comm

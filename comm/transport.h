@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -44,8 +45,16 @@ class MessagePool {
   std::array<std::vector<base::Buffer>, 64> free_;  // [log2 of the buffers' size]
 };
 
-struct Arrival {
+// A message that is to come.
+struct Awaited {
   RankId from{};
+  Phase phase{};
+
+  friend bool operator==(const Awaited&, const Awaited&) = default;
+};
+
+struct Arrival {
+  Awaited what;
   Message message;
 };
 
@@ -68,10 +77,17 @@ class Transport {
   // time.
   virtual absl::Status Flush() { return absl::OkStatus(); }
 
-  // Waits for the next message of `phase` from any of `from` (not empty, without this rank); the
-  // first to arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a
-  // peer in `from` is gone and nothing of it is left to read.
-  virtual absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) = 0;
+  // Waits for the next message of any of `awaited` (not empty, none of this rank); the first to
+  // arrive is returned. Idle waiting yields the core. Unavailable, naming the rank, when a peer
+  // among them is gone and nothing of it is left to read.
+  virtual absl::StatusOr<Arrival> Receive(std::span<const Awaited> awaited) = 0;
+
+  // The same without waiting: none when none of them has arrived. Moves messages under way, so a
+  // rank that computes while it exchanges calls this now and then.
+  virtual absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) = 0;
+
+  // Receive for one phase; for control traffic, since it allocates.
+  absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase);
 
   // Tells the peers that this rank gives up because of `status`: their waits end with an error.
   // Called once, at the end of a rank that failed, which has reported `status` itself. Over MPI it
@@ -84,6 +100,10 @@ class Transport {
 
   TrafficMeter& traffic() { return traffic_; }
   TrafficScope ScopeOf(RankId peer) const;
+  // What went to (came from) the ranks of one scope.
+  TrafficCount Traffic(Direction direction, Phase phase, TrafficScope scope) const;
+  // Intra-node and inter-node together: what crosses between ranks.
+  TrafficCount WireTraffic(Direction direction, Phase phase) const;
 
  protected:
   explicit Transport(std::shared_ptr<MessagePool> pool) : pool_(std::move(pool)) {}

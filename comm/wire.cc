@@ -156,6 +156,7 @@ DispatchView::DispatchView(const uint8_t* message, const DispatchLayout& layout,
                            const MessageHeader& header)
     : num_rows_(header.rows),
       num_routes_(header.routes),
+      payload_bytes_(layout.payload_bytes),
       row_bytes_(layout.row_bytes),
       weights_(message + layout.weights),
       ids_(message + layout.ids),

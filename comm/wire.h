@@ -80,6 +80,7 @@ class DispatchView {
 
   int64_t num_rows() const { return num_rows_; }
   int64_t num_routes() const { return num_routes_; }
+  int64_t payload_bytes() const { return payload_bytes_; }
   int num_routes_of(int64_t row) const { return counts_[row]; }
   Route route(int64_t index) const;  // grouped by row
   float scale(int64_t row) const;    // int8 and int4 only
@@ -88,6 +89,7 @@ class DispatchView {
  private:
   int64_t num_rows_ = 0;
   int64_t num_routes_ = 0;
+  int64_t payload_bytes_ = 0;
   int64_t row_bytes_ = 0;
   const uint8_t* weights_ = nullptr;
   const uint8_t* ids_ = nullptr;

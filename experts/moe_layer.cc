@@ -10,6 +10,10 @@ namespace {
 // (row, expert) pairs worked on at a time: enough rows per expert for a GEMM, little enough memory.
 constexpr int64_t kMaxChunkRoutes = 4096;
 
+// With so many rows for each expert the products are bound by arithmetic, so that rows which are
+// here may start before the others are: reading the weights twice costs nothing.
+constexpr int64_t kComputeBoundRows = 32;
+
 int64_t MaxRoutes(const comm::ExchangeOptions& options, int num_ranks) {
   return std::min(options.max_rows * num_ranks * options.top_k, kMaxChunkRoutes);
 }
@@ -47,6 +51,26 @@ absl::Status CheckHeld(const ExpertShard& shard, const comm::ReceivedRows& recei
   return absl::OkStatus();
 }
 
+// Room for the outputs of `received`, which arrived as the `arrival`-th of its layer.
+float* OutputsFor(const comm::ReceivedRows& received, bool presum, int64_t hidden,
+                  std::vector<base::Array<float>>& outputs, size_t arrival) {
+  if (outputs.size() <= arrival) outputs.resize(arrival + 1);
+  base::Array<float>& room = outputs[arrival];
+  const size_t num_floats = (presum ? received.rows.size() : received.routes.size()) * hidden;
+  if (room.size() < num_floats) room = base::Array<float>(num_floats * 5 / 4);
+  return room.data();
+}
+
+// Between two pieces of work: messages move on, and so does the travelling micro-batch once it is
+// back.
+absl::Status LookAfter(MoeContext& ctx, TravellingBatch& travelling) {
+  if (travelling.carried_on) return ctx.transport->TryReceive({}).status();
+  TERNION_ASSIGN_OR_RETURN(const bool back, travelling.batch->exchange.CombineReady());
+  if (!back) return absl::OkStatus();
+  travelling.carried_on = true;
+  return travelling.carry_on();
+}
+
 }  // namespace
 
 MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& options,
@@ -56,31 +80,56 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       transport(transport),
       kernels(kernels),
       executor(executor),
-      exchange(options, transport, kernels, executor),
+      micro_batches{{{.exchange = comm::Exchange(options, transport, kernels, executor)},
+                     {.exchange = comm::Exchange(options, transport, kernels, executor)}}},
       shard(MaxRoutes(options, transport->size()), options.hidden, intermediate),
       logits(options.max_rows * gate.num_experts),
       experts(options.max_rows * gate.top_k),
       weights(options.max_rows * gate.top_k) {}
 
-absl::Status MoeForward(const MoeLayerWeights& weights, const Placement& placement,
-                        const MoeInput& input, MoeContext& ctx, float* hidden) {
+absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
+                         const MoeInput& input, MoeContext& ctx, MicroBatch& batch) {
   const GateChoice choice = ChooseExperts(weights.gate, input, ctx);
-  PlanDispatch(placement, static_cast<int>(input.layer), ctx.transport->rank(), choice, ctx.plan);
+  PlanDispatch(placement, static_cast<int>(input.layer), ctx.transport->rank(), choice, batch.plan);
+  return batch.exchange.DispatchSend(input.step, input.layer, batch.plan, input.codes,
+                                     input.normed);
+}
 
-  TERNION_RETURN_IF_ERROR(
-      ctx.exchange.DispatchSend(input.step, input.layer, ctx.plan, input.codes, input.normed));
-  TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, ctx.exchange.DispatchRecv());
-  TERNION_RETURN_IF_ERROR(CheckHeld(weights.shard, *received));
+absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBatch& batch,
+                        TravellingBatch* travelling) {
+  TERNION_CHECK(batch.alone == (travelling == nullptr));
+  const int64_t min_routes = kComputeBoundRows * std::max(weights.shard.num_experts_here(), 1);
+  const auto look_after = [&] { return LookAfter(ctx, *travelling); };
+  const absl::FunctionRef<absl::Status()> between = look_after;
+  for (size_t arrival = 0;; ++arrival) {
+    const bool other_travels = !batch.alone && !travelling->carried_on;
+    TERNION_ASSIGN_OR_RETURN(
+        const comm::ReceivedRows* received,
+        batch.exchange.DispatchRecv(min_routes,
+                                    other_travels ? &travelling->batch->exchange : nullptr));
+    if (received == nullptr) return absl::OkStatus();
+    if (received->rows.empty()) {
+      TERNION_RETURN_IF_ERROR(look_after());
+      continue;
+    }
+    TERNION_RETURN_IF_ERROR(CheckHeld(weights.shard, *received));
+    if (batch.alone) TERNION_RETURN_IF_ERROR(batch.exchange.Flush());
+    const bool presum = batch.exchange.options().presum;
+    const ShardWork work = {
+        .config = &weights.ffn,
+        .received = received,
+        .presum = presum,
+        .outputs = OutputsFor(*received, presum, weights.ffn.hidden, batch.outputs, arrival),
+        .between = batch.alone ? nullptr : &between};
+    TERNION_RETURN_IF_ERROR(weights.shard.Run(*ctx.kernels, *ctx.executor, work, ctx.shard));
+    TERNION_RETURN_IF_ERROR(batch.exchange.CombineSend(work.outputs));
+  }
+}
 
-  const bool presum = ctx.exchange.options().presum;
-  const size_t num_outputs = presum ? received->rows.size() : received->routes.size();
-  const size_t num_floats = num_outputs * weights.ffn.hidden;
-  if (ctx.outputs.size() < num_floats) ctx.outputs = base::Array<float>(num_floats * 5 / 4);
-  weights.shard.Run(*ctx.kernels, *ctx.executor, weights.ffn, *received, presum, ctx.shard,
-                    ctx.outputs.data());
-
-  TERNION_RETURN_IF_ERROR(ctx.exchange.CombineSend(ctx.outputs.data()));
-  return ctx.exchange.CombineRecv(hidden);
+absl::Status MoeCombine(MicroBatch& batch, float* hidden) {
+  TERNION_RETURN_IF_ERROR(batch.exchange.CombineRecv(hidden));
+  // The next layer's attention runs next; with two micro-batches, experts look after both.
+  return batch.alone ? batch.exchange.Flush() : absl::OkStatus();
 }
 
 }  // namespace ternion::experts

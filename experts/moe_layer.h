@@ -1,9 +1,14 @@
-// One mixture-of-experts layer over all ranks.
+// One mixture-of-experts layer over all ranks, in three steps: MoeDispatch, MoeExperts, MoeCombine.
+//
+// Two micro-batches may be under way at a time: while the experts work on one, the rows of the
+// other travel.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "comm/exchange.h"
 #include "experts/placement.h"
@@ -26,6 +31,16 @@ struct MoeLayerWeights {
   ExpertShard shard;
 };
 
+// Rows that go through the layers together.
+struct MicroBatch {
+  comm::Exchange exchange;
+  comm::DispatchPlan plan{};
+  bool alone = true;  // no other micro-batch is under way
+  // What goes back, one array for each time that rows arrived in a layer; they grow to the most
+  // rows (or routes) received.
+  std::vector<base::Array<float>> outputs{};
+};
+
 // Scratch and services that all MoE layers of a rank share. Owned by the model; one thread.
 struct MoeContext {
   // `max_rows`: own rows of one step; `num_ranks` times as many can arrive.
@@ -37,13 +52,11 @@ struct MoeContext {
   comm::Transport* const transport;
   const kernels::Kernels* const kernels;
   kernels::Executor* const executor;
-  comm::Exchange exchange;
+  std::array<MicroBatch, 2> micro_batches;
   ShardWorkspace shard;
   base::Array<float> logits;     // [max_rows, num_experts]
   base::Array<int32_t> experts;  // [max_rows, top_k]
   base::Array<float> weights;    // [max_rows, top_k]
-  comm::DispatchPlan plan;
-  base::Array<float> outputs;  // what goes back: grows to the most rows (or routes) received
 };
 
 struct MoeInput {
@@ -53,9 +66,27 @@ struct MoeInput {
   uint32_t layer = 0;
 };
 
-// hidden [num_rows, hidden] += the layer's output. Collective: every rank calls it equally often,
-// with zero rows when idle. Errors come from the exchange and name the peer.
-absl::Status MoeForward(const MoeLayerWeights& weights, const Placement& placement,
-                        const MoeInput& input, MoeContext& context, float* hidden);
+// Chooses experts for the rows and sends these off. Collective, as are the other two: every rank
+// calls them equally often and in the same order, with zero rows when idle. Errors come from the
+// exchange and name the peer.
+absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
+                         const MoeInput& input, MoeContext& context, MicroBatch& batch);
+
+// The micro-batch whose rows travel while the experts work on another one. Once all of its rows are
+// back, `carry_on` is called, at most once: it takes them (MoeCombine) and goes on to MoeDispatch
+// of the next layer.
+struct TravellingBatch {
+  MicroBatch* batch = nullptr;
+  absl::FunctionRef<absl::Status()> carry_on;
+  bool carried_on = false;
+};
+
+// Runs this rank's experts on everybody's rows and sends their outputs back. `travelling`: null if
+// and only if the batch is alone.
+absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& context, MicroBatch& batch,
+                        TravellingBatch* travelling);
+
+// hidden [num_rows, hidden] += the layer's output, when it is back.
+absl::Status MoeCombine(MicroBatch& batch, float* hidden);
 
 }  // namespace ternion::experts

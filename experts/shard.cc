@@ -6,11 +6,16 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/status.h"
 
 namespace ternion::experts {
 namespace {
 
 using Work = ShardWorkspace::Work;
+
+int64_t WeightBytes(const FfnWeights& weights) {
+  return weights.gate.view.bytes() + weights.up.view.bytes() + weights.down.view.bytes();
+}
 
 // Counting sort of all (row, expert) pairs by expert; rows stay in order inside an expert.
 void SortByExpert(const comm::ReceivedRows& received, int num_experts, ShardWorkspace& ws) {
@@ -78,39 +83,55 @@ ShardWorkspace::ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t inter
       y(max_routes * hidden) {}
 
 void ExpertShard::Set(ExpertId expert, FfnWeights weights) {
-  experts_[base::Index(expert)] = std::make_unique<FfnWeights>(std::move(weights));
+  std::unique_ptr<FfnWeights>& place = experts_[base::Index(expert)];
+  if (place == nullptr) ++num_experts_here_;
+  place = std::make_unique<FfnWeights>(std::move(weights));
 }
 
-void ExpertShard::Run(const kernels::Kernels& kernels, kernels::Executor& executor,
-                      const FfnConfig& config, const comm::ReceivedRows& received, bool presum,
-                      ShardWorkspace& ws, float* outputs) const {
-  const int64_t hidden = config.hidden;
-  SortByExpert(received, static_cast<int>(experts_.size()), ws);
-  if (presum) std::fill_n(outputs, received.rows.size() * hidden, 0.0f);
-  const std::span<const Work> all(ws.work);
-  for (size_t begin = 0; begin < all.size(); begin += ws.max_routes) {
-    const std::span<const Work> chunk =
-        all.subspan(begin, std::min<size_t>(ws.max_routes, all.size() - begin));
-    const kernels::QuantizedRows x = GatherChunk(kernels, executor, received, chunk, ws);
-    ws.groups.clear();
-    for (size_t i = 0; i < chunk.size(); ++i) {
-      if (i == 0 || chunk[i].expert != chunk[i - 1].expert) {
-        const FfnWeights* weights = experts_[base::Index(chunk[i].expert)].get();
-        TERNION_CHECK(weights != nullptr);
-        ws.groups.push_back({weights, static_cast<int64_t>(i), 0});
-      }
-      ++ws.groups.back().num_rows;
+// The pairs to work on next, and their experts' groups: as many as the workspace holds and, where
+// somebody wants to look between them, experts of about bytes_between.
+std::span<const Work> ExpertShard::NextChunk(std::span<const Work> left, const ShardWork& work,
+                                             ShardWorkspace& ws) const {
+  const size_t max_size = std::min<size_t>(ws.max_routes, left.size());
+  int64_t bytes = 0;
+  size_t size = 0;
+  ws.groups.clear();
+  for (; size < max_size; ++size) {
+    const bool new_expert = size == 0 || left[size].expert != left[size - 1].expert;
+    if (new_expert) {
+      if (work.between != nullptr && bytes >= ws.bytes_between) break;
+      const FfnWeights* weights = experts_[base::Index(left[size].expert)].get();
+      TERNION_CHECK(weights != nullptr);
+      bytes += WeightBytes(*weights);
+      ws.groups.push_back({weights, static_cast<int64_t>(size), 0});
     }
-    RunFfn(kernels, executor, config, x, ws.groups, ws.ffn, ws.y.data());
-    if (presum) {
-      AddWeighted(kernels, executor, received, chunk, hidden, ws, outputs);
+    ++ws.groups.back().num_rows;
+  }
+  return left.first(size);
+}
+
+absl::Status ExpertShard::Run(const kernels::Kernels& kernels, kernels::Executor& executor,
+                              const ShardWork& work, ShardWorkspace& ws) const {
+  const comm::ReceivedRows& received = *work.received;
+  const int64_t hidden = work.config->hidden;
+  SortByExpert(received, static_cast<int>(experts_.size()), ws);
+  if (work.presum) std::fill_n(work.outputs, received.rows.size() * hidden, 0.0f);
+  for (std::span<const Work> left(ws.work); !left.empty();) {
+    const std::span<const Work> chunk = NextChunk(left, work, ws);
+    left = left.subspan(chunk.size());
+    const kernels::QuantizedRows x = GatherChunk(kernels, executor, received, chunk, ws);
+    RunFfn(kernels, executor, *work.config, x, ws.groups, ws.ffn, ws.y.data());
+    if (work.presum) {
+      AddWeighted(kernels, executor, received, chunk, hidden, ws, work.outputs);
     } else {
       for (size_t i = 0; i < chunk.size(); ++i) {
-        std::memcpy(outputs + int64_t{chunk[i].route} * hidden,
+        std::memcpy(work.outputs + int64_t{chunk[i].route} * hidden,
                     ws.y.data() + static_cast<int64_t>(i) * hidden, hidden * sizeof(float));
       }
     }
+    if (work.between != nullptr && !left.empty()) TERNION_RETURN_IF_ERROR((*work.between)());
   }
+  return absl::OkStatus();
 }
 
 }  // namespace ternion::experts

@@ -3,8 +3,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "comm/exchange.h"
 #include "experts/ffn.h"
 #include "kernels/kernels.h"
@@ -24,6 +27,8 @@ struct ShardWorkspace {
     int32_t route = 0;
   };
   int64_t max_routes = 0;
+  int64_t bytes_between = 4 << 20;  // of weights, read between two calls of ShardWork::between: a
+                                    // fraction of a millisecond
   FfnWorkspace ffn;
   kernels::QuantizedBuffer gathered;     // [max_routes, hidden]
   base::Array<float> y;                  // [max_routes, hidden]
@@ -37,6 +42,18 @@ struct ShardWorkspace {
   std::vector<float> term_weights;
 };
 
+// What ExpertShard::Run works on.
+struct ShardWork {
+  const FfnConfig* config = nullptr;
+  const comm::ReceivedRows* received = nullptr;  // all of its experts are held here
+  // true: outputs [received rows, hidden] = sum of weight * y in ascending expert id;
+  // false: outputs [received routes, hidden] = y, in the order of received->routes.
+  bool presum = true;
+  float* outputs = nullptr;
+  // Called now and then, between experts; an error of it ends the work. Null: never.
+  const absl::FunctionRef<absl::Status()>* between = nullptr;
+};
+
 class ExpertShard {
  public:
   ExpertShard() = default;
@@ -45,15 +62,19 @@ class ExpertShard {
   void Set(ExpertId expert, FfnWeights weights);
   bool Holds(ExpertId expert) const { return experts_[base::Index(expert)] != nullptr; }
 
-  // Runs every route of `received` (all must be held here) grouped by expert.
-  // presum: outputs [received rows, hidden] = sum of weight * y in ascending expert id.
-  // else:   outputs [received routes, hidden] = y, in the order of received.routes.
-  void Run(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
-           const comm::ReceivedRows& received, bool presum, ShardWorkspace& workspace,
-           float* outputs) const;
+  int num_experts_here() const { return num_experts_here_; }
+
+  // Runs every route, grouped by expert.
+  absl::Status Run(const kernels::Kernels& kernels, kernels::Executor& executor,
+                   const ShardWork& work, ShardWorkspace& workspace) const;
 
  private:
+  std::span<const ShardWorkspace::Work> NextChunk(std::span<const ShardWorkspace::Work> left,
+                                                  const ShardWork& work,
+                                                  ShardWorkspace& workspace) const;
+
   std::vector<std::unique_ptr<FfnWeights>> experts_;  // [num_experts], null when not here
+  int num_experts_here_ = 0;
 };
 
 }  // namespace ternion::experts

@@ -51,6 +51,12 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
       .add_option("--kv-tokens", flags.kv_tokens,
                   "KV cache of one rank, in tokens (default: what a quarter of the memory holds)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  command
+      .add_option("--micro-batches", flags.micro_batches,
+                  "2: a step's rows go through the layers in two halves, so that one travels "
+                  "while the other is worked on")
+      ->check(CLI::Range(1, 2))
+      ->capture_default_str();
   AddWorldFlags(command, flags.world);
 }
 
@@ -75,6 +81,7 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.wire = *wire;
   options.kv = kernels::ParseKvFormat(flags.kv);  // "auto" is none
   options.kv_tokens = flags.kv_tokens;
+  options.micro_batches = flags.micro_batches;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;
   TERNION_ASSIGN_OR_RETURN(loaded.engine, runtime::Engine::Create(options, world.resources(),

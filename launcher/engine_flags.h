@@ -21,6 +21,7 @@ struct EngineFlags {
   std::string placement = "contiguous";
   std::string kv = "auto";
   int64_t kv_tokens = 0;
+  int micro_batches = 1;
 };
 
 // Adds --threads, --device and --transport to `command`.

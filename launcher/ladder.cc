@@ -214,9 +214,11 @@ absl::Status Ladder::RunRung(std::span<const TokenIds> windows, RungResult& resu
   } else {
     TERNION_RETURN_IF_ERROR(engine_.Follow());
   }
-  const comm::TrafficMeter& traffic = world_.transport().traffic();
-  result.dispatch_bytes += traffic.Wire(comm::Phase::kDispatch).message_bytes;
-  result.combine_bytes += traffic.Wire(comm::Phase::kCombine).message_bytes;
+  const auto sent = [&](comm::Phase phase) {
+    return world_.transport().WireTraffic(comm::Direction::kSent, phase).message_bytes;
+  };
+  result.dispatch_bytes += sent(comm::Phase::kDispatch);
+  result.combine_bytes += sent(comm::Phase::kCombine);
   return absl::OkStatus();
 }
 

@@ -12,7 +12,6 @@ namespace {
 
 using comm::Phase;
 using comm::TrafficCount;
-using comm::TrafficMeter;
 using comm::TrafficScope;
 
 Json CountJson(const TrafficCount& count) {
@@ -23,11 +22,14 @@ Json CountJson(const TrafficCount& count) {
 }
 
 // Wire bytes of one phase at the top, each scope below.
-Json PhaseJson(const TrafficMeter& traffic, Phase phase) {
-  Json json = CountJson(traffic.Wire(phase));
-  json["self"] = CountJson(traffic.at(phase, TrafficScope::kSelf));
-  json["intra_node"] = CountJson(traffic.at(phase, TrafficScope::kIntraNode));
-  json["inter_node"] = CountJson(traffic.at(phase, TrafficScope::kInterNode));
+Json PhaseJson(const comm::Transport& transport, Phase phase) {
+  const auto sent = [&](TrafficScope scope) {
+    return CountJson(transport.Traffic(comm::Direction::kSent, phase, scope));
+  };
+  Json json = CountJson(transport.WireTraffic(comm::Direction::kSent, phase));
+  json["self"] = sent(TrafficScope::kSelf);
+  json["intra_node"] = sent(TrafficScope::kIntraNode);
+  json["inter_node"] = sent(TrafficScope::kInterNode);
   return json;
 }
 
@@ -63,8 +65,8 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
                     {"kv_tokens", loaded.engine->kv_tokens()},
                     {"load_seconds", loaded.load_seconds},
                     {"traffic",
-                     {{"dispatch", PhaseJson(transport.traffic(), Phase::kDispatch)},
-                      {"combine", PhaseJson(transport.traffic(), Phase::kCombine)}}}};
+                     {{"dispatch", PhaseJson(transport, Phase::kDispatch)},
+                      {"combine", PhaseJson(transport, Phase::kCombine)}}}};
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
                            comm::Gather(transport, own.dump()));
   WorldReport report;

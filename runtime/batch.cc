@@ -22,6 +22,7 @@ bool IsRank(RankId rank, int num_ranks) {
 std::string StepPlan::Serialize() const {
   base::ByteWriter writer;
   writer.Put(step);
+  writer.Put(micro_batches);
   writer.Put(static_cast<uint8_t>(stop));
   writer.PutVector(ended);
   writer.PutVector(starts);
@@ -42,11 +43,12 @@ absl::StatusOr<StepPlan> StepPlan::Parse(const std::string& bytes, int64_t vocab
   base::ByteReader reader(bytes);
   StepPlan plan;
   plan.step = reader.Get<uint32_t>();
+  plan.micro_batches = reader.Get<int32_t>();
   plan.stop = reader.Get<uint8_t>() != 0;
   plan.ended = reader.GetVector<SequenceId>();
   plan.starts = reader.GetVector<SequenceStart>();
   const uint32_t num_chunks = reader.Get<uint32_t>();
-  bool valid = true;
+  bool valid = plan.micro_batches == 1 || plan.micro_batches == 2;
   for (uint32_t i = 0; i < num_chunks && reader.ok(); ++i) {
     Chunk chunk;
     chunk.sequence = reader.Get<SequenceId>();

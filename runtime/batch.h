@@ -38,6 +38,7 @@ struct Chunk {
 
 struct StepPlan {
   uint32_t step = 0;
+  int32_t micro_batches = 1;      // Batch::micro_batches
   bool stop = false;              // the ranks leave their loop; nothing else is set
   std::vector<SequenceId> ended;  // finished since the last step: free their pages
   std::vector<SequenceStart> starts;

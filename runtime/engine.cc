@@ -78,7 +78,8 @@ void Engine::MakeCache(kernels::KvFormat kv, int64_t kv_tokens) {
                                                   .max_rows = options_.max_rows,
                                                   .pages_per_rank = kv_cache_->num_pages(),
                                                   .max_positions = config_.max_positions,
-                                                  .vocab_size = config_.vocab_size});
+                                                  .vocab_size = config_.vocab_size,
+                                                  .micro_batches = options_.micro_batches});
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions& options,
@@ -210,6 +211,7 @@ absl::Status Engine::Prepare(const StepPlan& plan) {
   }
   batch_.Clear();
   batch_.step = plan.step;
+  batch_.micro_batches = plan.micro_batches;
   for (const Chunk& chunk : plan.chunks) {
     if (chunk.owner != self) continue;
     const auto found = sequences_.find(chunk.sequence);

@@ -1,6 +1,7 @@
 #include "runtime/model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -136,19 +137,58 @@ absl::Status Model::Forward(const Batch& batch) {
                              .out = hidden_.data(),
                              .num_rows = batch.num_rows()},
                             *resources_.executor);
-  for (int index = 0; index < config_.num_layers; ++index) {
-    AttentionBlock(layers_[index], index, batch);
-    TERNION_RETURN_IF_ERROR(FfnBlock(layers_[index], index, batch));
+  std::array<Part, 2> parts;
+  const int64_t count = config_.moe() ? batch.micro_batches : 1;
+  for (int64_t i = 0; i < count; ++i) {
+    parts[i].begin = batch.num_rows() * i / count;
+    parts[i].num_rows = batch.num_rows() * (i + 1) / count - parts[i].begin;
+    if (config_.moe()) parts[i].moe = &moe_->micro_batches[i];
+    if (config_.moe()) parts[i].moe->alone = count == 1;
   }
-  return absl::OkStatus();
+  // Half a layer of each part at a time: the experts of one, and the attention of the next.
+  TERNION_RETURN_IF_ERROR(Advance(batch, parts[0]));
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    for (int64_t i = 0; i < count; ++i) {
+      TERNION_RETURN_IF_ERROR(RunExperts(batch, layer, parts[i], parts[(i + 1) % count]));
+    }
+  }
+  return count == 1 ? absl::OkStatus() : Advance(batch, parts[1]);
+}
+
+// Takes what the experts of the part's last layer returned, and goes on until its rows are on the
+// way to those of the next.
+absl::Status Model::Advance(const Batch& batch, Part& part) {
+  const int layer = part.next_layer++;
+  if (layer > 0 && config_.moe()) {
+    TERNION_RETURN_IF_ERROR(experts::MoeCombine(*part.moe, HiddenOf(part)));
+  }
+  if (layer == config_.num_layers) return absl::OkStatus();
+  AttentionBlock(layers_[layer], layer, batch, part);
+  return FfnBlock(layers_[layer], layer, batch, part);
+}
+
+// Runs the experts of `layer` on the part's rows; `next` (the other part, or the same one when it
+// is alone) goes on as soon as its own rows are back.
+absl::Status Model::RunExperts(const Batch& batch, int layer, Part& part, Part& next) {
+  if (!config_.moe()) return Advance(batch, part);
+  const auto advance = [&] { return Advance(batch, next); };
+  experts::TravellingBatch other = {next.moe, advance};
+  if (next.next_layer == 0) {  // the second part sets out
+    TERNION_RETURN_IF_ERROR(advance());
+    other.carried_on = true;
+  }
+  TERNION_RETURN_IF_ERROR(experts::MoeExperts(layers_[layer].moe, *moe_, *part.moe,
+                                              part.moe->alone ? nullptr : &other));
+  return other.carried_on ? absl::OkStatus() : advance();
 }
 
 // h += o_proj(norm(attention(rope(q), rope(k), v))).
-void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch) {
-  ProjectHeads(layer, batch);
-  AttendOverCache(index, batch);
+void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch,
+                           const Part& part) {
+  ProjectHeads(layer, batch, part);
+  AttendOverCache(index, batch, part);
   const AttentionWeights& w = layer.attention;
-  const int64_t rows = batch.num_rows();
+  const int64_t rows = part.num_rows;
   const kernels::QuantizedRows attended = attended_codes_.rows(rows);
   resources_.kernels->quantize({.x = attended_.data(),
                                 .weight = OrNull(w.sub_norm),
@@ -159,16 +199,16 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
                                *resources_.executor);
   const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
   resources_.kernels->ternary_matmul({.x = attended, .groups = o}, *resources_.executor);
-  AddOutToHidden(rows);
+  AddOutToHidden(part);
 }
 
 // q_, k_ and v_ of the batch from hidden_; q and k normed where the family does, and turned to
 // their positions.
-void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch) {
+void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch, const Part& part) {
   const AttentionWeights& w = layer.attention;
-  const int64_t rows = batch.num_rows();
-  const kernels::QuantizedRows x = codes_.rows(rows);
-  resources_.kernels->quantize({.x = hidden_.data(),
+  const int64_t rows = part.num_rows;
+  const kernels::QuantizedRows x = CodesOf(part);
+  resources_.kernels->quantize({.x = HiddenOf(part),
                                 .weight = layer.input_norm.data(),
                                 .out = x,
                                 .x_stride = config_.hidden,
@@ -179,17 +219,18 @@ void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch) {
                                        {w.k.view, 0, rows, k_.data(), config_.kv_dim()},
                                        {w.v.view, 0, rows, v_.data(), config_.kv_dim()}};
   resources_.kernels->ternary_matmul({.x = x, .groups = qkv}, *resources_.executor);
-  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), batch);
-  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), batch);
+  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), batch, part);
+  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), batch, part);
 }
 
-void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch) {
+void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch,
+                        const Part& part) {
   const int64_t head_dim = config_.head_dim;
   if (norm != nullptr) {
     resources_.kernels->rms_norm({.x = vectors,
                                   .weight = norm,
                                   .out = vectors,
-                                  .num_rows = batch.num_rows() * num_heads,
+                                  .num_rows = part.num_rows * num_heads,
                                   .dim = head_dim,
                                   .x_stride = head_dim,
                                   .out_stride = head_dim,
@@ -197,10 +238,10 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
                                  *resources_.executor);
   }
   resources_.kernels->rope({.x = vectors,
-                            .positions = batch.positions.data(),
+                            .positions = batch.positions.data() + part.begin,
                             .cos_table = cos_.data(),
                             .sin_table = sin_.data(),
-                            .num_rows = batch.num_rows(),
+                            .num_rows = part.num_rows,
                             .stride = num_heads * head_dim,
                             .heads = num_heads,
                             .head_dim = config_.head_dim},
@@ -209,10 +250,12 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
 
 // k_ and v_ into the cache, attended_ out of it. Rotating q and k alike leaves their scores; what
 // rotating v does to the output is undone there.
-void Model::AttendOverCache(int index, const Batch& batch) {
-  const int64_t rows = batch.num_rows();
+void Model::AttendOverCache(int index, const Batch& batch, const Part& part) {
+  const int64_t rows = part.num_rows;
   const int heads = config_.heads, kv_heads = config_.kv_heads, head_dim = config_.head_dim;
-  for (int64_t row = 0; row < rows; ++row) page_tables_[row] = batch.pages[row]->table(index);
+  for (int64_t row = 0; row < rows; ++row) {
+    page_tables_[row] = batch.pages[part.begin + row]->table(index);
+  }
   const bool rotates = RotatesHeads(config_, options_.kv);
   if (rotates) {
     RotateHeads(q_.data(), heads, rows);
@@ -222,7 +265,7 @@ void Model::AttendOverCache(int index, const Batch& batch) {
   resources_.kernels->kv_store({.k = k_.data(),
                                 .v = v_.data(),
                                 .pages = page_tables_.data(),
-                                .positions = batch.positions.data(),
+                                .positions = batch.positions.data() + part.begin,
                                 .num_rows = rows,
                                 .stride = config_.kv_dim(),
                                 .kv_heads = kv_heads,
@@ -231,7 +274,7 @@ void Model::AttendOverCache(int index, const Batch& batch) {
                                *resources_.executor);
   resources_.kernels->attention({.q = q_.data(),
                                  .pages = page_tables_.data(),
-                                 .positions = batch.positions.data(),
+                                 .positions = batch.positions.data() + part.begin,
                                  .out = attended_.data(),
                                  .num_rows = rows,
                                  .q_stride = config_.q_dim(),
@@ -245,29 +288,37 @@ void Model::AttendOverCache(int index, const Batch& batch) {
   if (rotates) RotateHeads(attended_.data(), heads, rows);
 }
 
-// h += FFN(norm(h)): the dense MLP, or the shared expert and the routed experts over all ranks.
-absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch) {
-  const int64_t rows = batch.num_rows();
-  const kernels::QuantizedRows x = codes_.rows(rows);
-  resources_.kernels->quantize({.x = hidden_.data(),
+// h += FFN(norm(h)): the dense MLP, or the shared expert; the rows of routed experts are on the way
+// when this returns, and what they add comes with MoeCombine.
+absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch,
+                             const Part& part) {
+  const kernels::QuantizedRows x = CodesOf(part);
+  float* const normed = normed_.data() + part.begin * config_.hidden;
+  resources_.kernels->quantize({.x = HiddenOf(part),
                                 .weight = layer.post_attention_norm.data(),
-                                .normed = config_.moe() ? normed_.data() : nullptr,
+                                .normed = config_.moe() ? normed : nullptr,
                                 .out = x,
                                 .x_stride = config_.hidden,
                                 .eps = config_.norm_eps,
                                 .bits = config_.act_bits},
                                *resources_.executor);
+  if (config_.moe()) {
+    const experts::MoeInput input = {x, normed, batch.step, static_cast<uint32_t>(index)};
+    TERNION_RETURN_IF_ERROR(experts::MoeDispatch(layer.moe, *placement_, input, *moe_, *part.moe));
+  }
   if (LocalIntermediate(config_) > 0) {
     const experts::FfnConfig ffn = {config_.hidden, LocalIntermediate(config_), config_.activation,
                                     OrNull(layer.local_sub_norm), config_.norm_eps};
-    const experts::FfnGroup all_rows[] = {{&layer.local_ffn, 0, rows}};
+    const experts::FfnGroup all_rows[] = {{&layer.local_ffn, 0, part.num_rows}};
     experts::RunFfn(*resources_.kernels, *resources_.executor, ffn, x, all_rows,
                     local_ffn_workspace_, out_.data());
-    AddOutToHidden(rows);
+    AddOutToHidden(part);
   }
-  if (!config_.moe()) return absl::OkStatus();
-  const experts::MoeInput input = {x, normed_.data(), batch.step, static_cast<uint32_t>(index)};
-  return experts::MoeForward(layer.moe, *placement_, input, *moe_, hidden_.data());
+  return absl::OkStatus();
+}
+
+kernels::QuantizedRows Model::CodesOf(const Part& part) {
+  return codes_.rows(part.begin + part.num_rows).Slice(part.begin, part.num_rows);
 }
 
 void Model::RotateHeads(float* vectors, int num_heads, int64_t num_rows) {
@@ -279,11 +330,12 @@ void Model::RotateHeads(float* vectors, int num_heads, int64_t num_rows) {
                                *resources_.executor);
 }
 
-void Model::AddOutToHidden(int64_t num_rows) {
+// out_ holds the part's rows.
+void Model::AddOutToHidden(const Part& part) {
   resources_.kernels->weighted_sum({.terms = sum_terms_.data(),
                                     .begin = sum_begin_.data(),
-                                    .out = hidden_.data(),
-                                    .num_rows = num_rows,
+                                    .out = HiddenOf(part),
+                                    .num_rows = part.num_rows,
                                     .dim = config_.hidden,
                                     .accumulate = true},
                                    *resources_.executor);

@@ -21,6 +21,9 @@ namespace ternion::runtime {
 // Rows of one rank in one step. A row is one token of one sequence.
 struct Batch {
   uint32_t step = 0;
+  // 2: in a MoE model the rows go through the layers in two halves, so that one half's rows travel
+  // while the other's are worked on. The same on every rank; no result depends on it.
+  int micro_batches = 1;
   std::vector<int32_t> tokens;        // [rows]
   std::vector<int32_t> positions;     // [rows] in the row's sequence
   std::vector<const KvPages*> pages;  // [rows] of the row's sequence; not null
@@ -109,13 +112,26 @@ class Model {
         const RankResources& resources, const ModelOptions& options);
 
   absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
-  void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch);
-  void ProjectHeads(const LayerWeights& layer, const Batch& batch);
-  void NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch);
-  void AttendOverCache(int index, const Batch& batch);
-  absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch);
+  // Consecutive rows of the batch that go through the layers together, as one micro-batch.
+  struct Part {
+    int64_t begin = 0;
+    int64_t num_rows = 0;
+    experts::MicroBatch* moe = nullptr;
+    int next_layer = 0;  // whose attention comes next
+  };
+
+  absl::Status Advance(const Batch& batch, Part& part);
+  absl::Status RunExperts(const Batch& batch, int layer, Part& part, Part& other);
+  void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch, const Part& part);
+  void ProjectHeads(const LayerWeights& layer, const Batch& batch, const Part& part);
+  void NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch,
+                   const Part& part);
+  void AttendOverCache(int index, const Batch& batch, const Part& part);
+  absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch, const Part& part);
   void RotateHeads(float* vectors, int num_heads, int64_t num_rows);
-  void AddOutToHidden(int64_t num_rows);
+  void AddOutToHidden(const Part& part);
+  float* HiddenOf(const Part& part) { return hidden_.data() + part.begin * config_.hidden; }
+  kernels::QuantizedRows CodesOf(const Part& part);
 
   const ModelConfig config_;
   const std::shared_ptr<const experts::Placement> placement_;
@@ -129,7 +145,8 @@ class Model {
   int64_t weight_bytes_ = 0;
   int64_t num_local_experts_ = 0;
 
-  // Workspace, sized for options_.max_rows before the first step.
+  // Workspace, sized for options_.max_rows before the first step. hidden_, normed_ and codes_ hold
+  // the rows of all parts; the rest is one part's.
   base::Array<float> cos_, sin_;             // [max_positions, head_dim / 2]
   base::Array<float> hidden_;                // [rows, hidden] the residual stream
   base::Array<float> normed_;                // [rows, hidden]

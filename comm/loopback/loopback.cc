@@ -13,15 +13,9 @@ namespace {
 
 // What waits for one rank. Everything in it is guarded by its mutex.
 struct Mailbox {
-  struct Letter {
-    RankId from{};
-    Phase phase{};
-    Message message;
-  };
-
   std::mutex mutex;
   std::condition_variable changed;
-  std::vector<Letter> letters;     // in order of arrival
+  std::vector<Arrival> letters;    // in order of arrival
   std::vector<absl::Status> gone;  // [rank] not ok: why nothing more comes from it
 };
 
@@ -36,8 +30,28 @@ struct World {
   const std::shared_ptr<MessagePool> pool;
 };
 
-bool Contains(std::span<const RankId> ranks, RankId rank) {
-  return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+absl::Status GoneError(RankId rank, const absl::Status& why) {
+  return absl::UnavailableError(
+      absl::StrCat("rank ", base::Index(rank), " is gone: ", why.message()));
+}
+
+// Takes the first awaited letter out of a mailbox whose mutex is held.
+absl::StatusOr<std::optional<Arrival>> TakeLetter(Mailbox& mailbox,
+                                                  std::span<const Awaited> awaited) {
+  const auto is_awaited = [&](const Arrival& letter) {
+    return std::find(awaited.begin(), awaited.end(), letter.what) != awaited.end();
+  };
+  const auto letter = std::find_if(mailbox.letters.begin(), mailbox.letters.end(), is_awaited);
+  if (letter != mailbox.letters.end()) {
+    std::optional<Arrival> arrival(std::move(*letter));
+    mailbox.letters.erase(letter);
+    return arrival;
+  }
+  for (const Awaited& what : awaited) {
+    const absl::Status& gone = mailbox.gone[base::Index(what.from)];
+    if (!gone.ok()) return GoneError(what.from, gone);
+  }
+  return std::optional<Arrival>();
 }
 
 class LoopbackTransport : public Transport {
@@ -52,7 +66,8 @@ class LoopbackTransport : public Transport {
   int NodeOf(RankId rank) const override { return world_->node_of[base::Index(rank)]; }
 
   absl::Status Send(RankId to, Phase phase, Message message) override;
-  absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) override;
+  absl::StatusOr<Arrival> Receive(std::span<const Awaited> awaited) override;
+  absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) override;
   void Abort(const absl::Status& status) override { Leave(status); }
 
  private:
@@ -64,11 +79,6 @@ class LoopbackTransport : public Transport {
   bool left_ = false;
 };
 
-absl::Status GoneError(RankId rank, const absl::Status& why) {
-  return absl::UnavailableError(
-      absl::StrCat("rank ", base::Index(rank), " is gone: ", why.message()));
-}
-
 absl::Status LoopbackTransport::Send(RankId to, Phase phase, Message message) {
   TERNION_CHECK(to != rank_);
   {
@@ -79,30 +89,27 @@ absl::Status LoopbackTransport::Send(RankId to, Phase phase, Message message) {
   }
   Mailbox& target = mailbox(to);
   std::lock_guard<std::mutex> lock(target.mutex);
-  target.letters.push_back({rank_, phase, std::move(message)});
+  target.letters.push_back({{rank_, phase}, std::move(message)});
   target.changed.notify_one();
   return absl::OkStatus();
 }
 
-absl::StatusOr<Arrival> LoopbackTransport::Receive(std::span<const RankId> from, Phase phase) {
-  TERNION_CHECK(!from.empty() && !Contains(from, rank_));
+absl::StatusOr<Arrival> LoopbackTransport::Receive(std::span<const Awaited> awaited) {
+  TERNION_CHECK(!awaited.empty());
   Mailbox& own = mailbox(rank_);
   std::unique_lock<std::mutex> lock(own.mutex);
   while (true) {
-    auto letter = std::find_if(own.letters.begin(), own.letters.end(), [&](const auto& candidate) {
-      return candidate.phase == phase && Contains(from, candidate.from);
-    });
-    if (letter != own.letters.end()) {
-      Arrival arrival{letter->from, std::move(letter->message)};
-      own.letters.erase(letter);
-      return arrival;
-    }
-    for (RankId peer : from) {
-      const absl::Status& gone = own.gone[base::Index(peer)];
-      if (!gone.ok()) return GoneError(peer, gone);
-    }
+    TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival, TakeLetter(own, awaited));
+    if (arrival) return *std::move(arrival);
     own.changed.wait(lock);
   }
+}
+
+absl::StatusOr<std::optional<Arrival>> LoopbackTransport::TryReceive(
+    std::span<const Awaited> awaited) {
+  Mailbox& own = mailbox(rank_);
+  std::lock_guard<std::mutex> lock(own.mutex);
+  return TakeLetter(own, awaited);
 }
 
 void LoopbackTransport::Leave(const absl::Status& why) {

@@ -67,8 +67,7 @@ struct Outgoing {
 };
 
 struct Incoming {
-  RankId from{};
-  Phase phase{};
+  Awaited what;
   MPI_Request request = MPI_REQUEST_NULL;
   Message message;
 };
@@ -84,7 +83,8 @@ class MpiTransport : public Transport {
 
   absl::Status Send(RankId to, Phase phase, Message message) override;
   absl::Status Flush() override;
-  absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase) override;
+  absl::StatusOr<Arrival> Receive(std::span<const Awaited> awaited) override;
+  absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) override;
   void Abort(const absl::Status& status) override;
 
  private:
@@ -92,9 +92,9 @@ class MpiTransport : public Transport {
   absl::Status Connect();
   absl::Status FindNodes();
   absl::Status ReclaimSent();
-  bool IsReceiving(RankId from, Phase phase) const;
-  absl::Status StartReceive(RankId from, Phase phase);
-  absl::Status NoteLeavers(std::span<const RankId> ranks);
+  bool IsReceiving(const Awaited& what) const;
+  absl::Status StartReceive(const Awaited& what);
+  absl::Status NoteLeavers(std::span<const Awaited> awaited);
   absl::Status Leave();
   absl::StatusOr<bool> DropOneMessage();
 
@@ -186,41 +186,45 @@ absl::Status MpiTransport::Flush() {
   }
 }
 
-absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const RankId> from, Phase phase) {
-  TERNION_CHECK(!from.empty() && std::find(from.begin(), from.end(), rank()) == from.end());
+absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) {
+  TERNION_CHECK(!awaited.empty());
   Backoff backoff;
   while (true) {
-    for (RankId peer : from) {
-      if (!IsReceiving(peer, phase)) TERNION_RETURN_IF_ERROR(StartReceive(peer, phase));
-    }
-    for (auto incoming = incoming_.begin(); incoming != incoming_.end(); ++incoming) {
-      if (incoming->phase != phase) continue;
-      if (std::find(from.begin(), from.end(), incoming->from) == from.end()) continue;
-      TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming->request));
-      if (!done) continue;
-      Arrival arrival{incoming->from, std::move(incoming->message)};
-      incoming_.erase(incoming);
-      return arrival;
-    }
-    TERNION_RETURN_IF_ERROR(ReclaimSent());
-    if (backoff.Wait()) TERNION_RETURN_IF_ERROR(NoteLeavers(from));
+    TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival, TryReceive(awaited));
+    if (arrival) return *std::move(arrival);
+    if (backoff.Wait()) TERNION_RETURN_IF_ERROR(NoteLeavers(awaited));
   }
 }
 
-bool MpiTransport::IsReceiving(RankId from, Phase phase) const {
-  return std::any_of(incoming_.begin(), incoming_.end(), [&](const Incoming& incoming) {
-    return incoming.from == from && incoming.phase == phase;
-  });
+absl::StatusOr<std::optional<Arrival>> MpiTransport::TryReceive(std::span<const Awaited> awaited) {
+  for (const Awaited& what : awaited) {
+    if (!IsReceiving(what)) TERNION_RETURN_IF_ERROR(StartReceive(what));
+  }
+  for (auto incoming = incoming_.begin(); incoming != incoming_.end(); ++incoming) {
+    if (std::find(awaited.begin(), awaited.end(), incoming->what) == awaited.end()) continue;
+    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming->request));
+    if (!done) continue;
+    std::optional<Arrival> arrival({incoming->what, std::move(incoming->message)});
+    incoming_.erase(incoming);
+    return arrival;
+  }
+  TERNION_RETURN_IF_ERROR(ReclaimSent());
+  return std::optional<Arrival>();
 }
 
-// Begins to receive `from`'s next message of `phase` if there is one.
-absl::Status MpiTransport::StartReceive(RankId from, Phase phase) {
-  const int source = base::Index(from);
+bool MpiTransport::IsReceiving(const Awaited& what) const {
+  return std::any_of(incoming_.begin(), incoming_.end(),
+                     [&](const Incoming& incoming) { return incoming.what == what; });
+}
+
+// Begins to receive the next message of `what` if there is one.
+absl::Status MpiTransport::StartReceive(const Awaited& what) {
+  const int source = base::Index(what.from);
   int found = 0;
   MPI_Message matched = MPI_MESSAGE_NULL;
   MPI_Status status;
   TERNION_RETURN_IF_ERROR(
-      FromMpi(MPI_Improbe(source, static_cast<int>(phase), comm_, &found, &matched, &status),
+      FromMpi(MPI_Improbe(source, static_cast<int>(what.phase), comm_, &found, &matched, &status),
               "MPI_Improbe", source));
   if (!found) {
     if (!left_[source]) return absl::OkStatus();
@@ -228,7 +232,7 @@ absl::Status MpiTransport::StartReceive(RankId from, Phase phase) {
   }
   int bytes = 0;
   TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
-  incoming_.push_back({from, phase, MPI_REQUEST_NULL, Acquire(bytes)});
+  incoming_.push_back({what, MPI_REQUEST_NULL, Acquire(bytes)});
   Incoming& incoming = incoming_.back();
   return FromMpi(
       MPI_Imrecv(incoming.message.memory.data(), bytes, MPI_BYTE, &matched, &incoming.request),
@@ -237,12 +241,13 @@ absl::Status MpiTransport::StartReceive(RankId from, Phase phase) {
 
 // What a peer sent before it left matches before its leave message does: who is noted here gets one
 // more look for messages (StartReceive) before it counts as gone.
-absl::Status MpiTransport::NoteLeavers(std::span<const RankId> ranks) {
-  for (RankId rank : ranks) {
+absl::Status MpiTransport::NoteLeavers(std::span<const Awaited> awaited) {
+  for (const Awaited& what : awaited) {
+    const int rank = base::Index(what.from);
     int left = 0;
-    TERNION_RETURN_IF_ERROR(FromMpi(
-        MPI_Iprobe(base::Index(rank), kLeaveTag, comm_, &left, MPI_STATUS_IGNORE), "MPI_Iprobe"));
-    if (left) left_[base::Index(rank)] = true;
+    TERNION_RETURN_IF_ERROR(
+        FromMpi(MPI_Iprobe(rank, kLeaveTag, comm_, &left, MPI_STATUS_IGNORE), "MPI_Iprobe"));
+    if (left) left_[rank] = true;
   }
   return absl::OkStatus();
 }

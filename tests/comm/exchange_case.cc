@@ -4,6 +4,7 @@
 #include <numeric>
 #include <random>
 
+#include "base/check.h"
 #include "base/status.h"
 #include "kernels/activations.h"
 #include "kernels/select.h"
@@ -69,15 +70,16 @@ RankBatch MakeBatch(const ExchangeCase& c, int layer, int rank) {
   return batch;
 }
 
-DispatchPlan MakePlan(const ExchangeCase& c, const RankBatch& batch) {
+DispatchPlan MakePlan(const ExchangeCase& c, const RankBatch& batch, int begin, int end) {
   DispatchPlan plan;
   for (int rank = 0; rank < c.num_ranks; ++rank) {
     plan.rank_begin.push_back(plan.rows.size());
     for (const RankBatch::Choice& choice : batch.choices) {
-      if (choice.rank != rank) continue;
+      if (choice.rank != rank || choice.row < begin || choice.row >= end) continue;
+      const int source = choice.row - begin;
       const bool is_new = plan.rank_begin.back() == static_cast<int32_t>(plan.rows.size()) ||
-                          plan.rows.back().source != choice.row;
-      if (is_new) plan.rows.push_back({choice.row, static_cast<int32_t>(plan.routes.size()), 0});
+                          plan.rows.back().source != source;
+      if (is_new) plan.rows.push_back({source, static_cast<int32_t>(plan.routes.size()), 0});
       plan.routes.push_back(choice.route);
       ++plan.rows.back().num_routes;
     }
@@ -146,24 +148,94 @@ std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank) {
   return out;
 }
 
+// One micro-batch of a rank on its way through the layers.
+class Half {
+ public:
+  Half(const ExchangeCase& c, int index, Transport* transport, kernels::Executor* executor,
+       std::vector<std::vector<float>>* outs)
+      : case_(c),
+        index_(index),
+        rank_(base::Index(transport->rank())),
+        exchange_(c.options, transport, kernels::SelectCpuKernels(""), executor),
+        outs_(*outs) {}
+
+  Exchange& exchange() { return exchange_; }
+  bool has_started() const { return next_layer_ > 0; }
+
+  // Takes the last layer's rows and sends off the next one's.
+  absl::Status Advance() {
+    const int layer = next_layer_++;
+    const int64_t hidden = case_.options.hidden;
+    if (layer > 0) {
+      TERNION_RETURN_IF_ERROR(exchange_.CombineRecv(outs_[layer - 1].data() + begin_ * hidden));
+    }
+    if (layer == case_.num_layers) return absl::OkStatus();
+    batch_ = MakeBatch(case_, layer, rank_);
+    outs_[layer].resize(batch_.x.size());
+    begin_ = batch_.num_rows * index_ / case_.micro_batches;
+    const int end = batch_.num_rows * (index_ + 1) / case_.micro_batches;
+    std::copy(&batch_.residual[begin_ * hidden], &batch_.residual[end * hidden],
+              &outs_[layer][begin_ * hidden]);
+    codes_ = QuantizeBatch(case_, batch_, false);
+    outputs_.clear();
+    return exchange_.DispatchSend(
+        7, layer, MakePlan(case_, batch_, begin_, end),
+        codes_.rows(batch_.num_rows).Slice(begin_, end - begin_),
+        exchange_.NeedsNormed() ? batch_.x.data() + begin_ * hidden : nullptr);
+  }
+
+  // Runs the experts; `other`, if there is one, goes on once its rows are back.
+  absl::Status RunExperts(Half* other) {
+    while (true) {
+      TERNION_ASSIGN_OR_RETURN(
+          const ReceivedRows* received,
+          exchange_.DispatchRecv(case_.min_routes, other == nullptr ? nullptr : &other->exchange_));
+      if (received == nullptr) break;
+      if (!received->rows.empty()) {
+        outputs_.push_back(RunFakeExperts(case_.options, *received));
+        TERNION_RETURN_IF_ERROR(exchange_.CombineSend(outputs_.back().data()));
+      } else {
+        TERNION_CHECK(other != nullptr);
+        TERNION_RETURN_IF_ERROR(other->Advance());
+        other = nullptr;
+      }
+    }
+    return other == nullptr ? absl::OkStatus() : other->Advance();
+  }
+
+ private:
+  const ExchangeCase& case_;
+  const int index_;
+  const int rank_;
+  Exchange exchange_;
+  std::vector<std::vector<float>>& outs_;
+  int next_layer_ = 0;
+  int begin_ = 0;
+  RankBatch batch_;
+  kernels::QuantizedBuffer codes_;
+  std::vector<std::vector<float>> outputs_;  // stay until CombineRecv
+};
+
 absl::Status RunRank(const ExchangeCase& c, Transport& transport,
                      std::vector<std::vector<float>>* outs) {
   base::ThreadPool threads(2);
   kernels::Executor executor{.threads = &threads};
-  Exchange exchange(c.options, &transport, kernels::SelectCpuKernels(""), &executor);
+  outs->assign(c.num_layers, {});
+  Half first(c, 0, &transport, &executor, outs);
+  Half second(c, 1, &transport, &executor, outs);
+  TERNION_RETURN_IF_ERROR(first.Advance());
   for (int layer = 0; layer < c.num_layers; ++layer) {
-    const RankBatch batch = MakeBatch(c, layer, base::Index(transport.rank()));
-    kernels::QuantizedBuffer codes = QuantizeBatch(c, batch, false);
-    TERNION_RETURN_IF_ERROR(
-        exchange.DispatchSend(7, layer, MakePlan(c, batch), codes.rows(batch.num_rows),
-                              exchange.NeedsNormed() ? batch.x.data() : nullptr));
-    TERNION_ASSIGN_OR_RETURN(const ReceivedRows* received, exchange.DispatchRecv());
-    const std::vector<float> outputs = RunFakeExperts(c.options, *received);
-    TERNION_RETURN_IF_ERROR(exchange.CombineSend(outputs.data()));
-    outs->push_back(batch.residual);
-    TERNION_RETURN_IF_ERROR(exchange.CombineRecv(outs->back().data()));
+    if (c.micro_batches == 1) {
+      TERNION_RETURN_IF_ERROR(first.RunExperts(nullptr));
+      TERNION_RETURN_IF_ERROR(first.Advance());
+      continue;
+    }
+    const bool starts = !second.has_started();
+    if (starts) TERNION_RETURN_IF_ERROR(second.Advance());
+    TERNION_RETURN_IF_ERROR(first.RunExperts(starts ? nullptr : &second));
+    TERNION_RETURN_IF_ERROR(second.RunExperts(&first));
   }
-  return absl::OkStatus();
+  return c.micro_batches == 1 ? absl::OkStatus() : second.Advance();
 }
 
 }  // namespace ternion::comm

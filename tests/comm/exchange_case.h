@@ -16,6 +16,8 @@ struct ExchangeCase {
   int num_layers = 2;
   uint32_t seed = 1;            // of rows and routes
   uint32_t placement_seed = 1;  // of where experts live
+  int micro_batches = 1;
+  int64_t min_routes = Exchange::kAllRoutes;  // DispatchRecv's
 };
 
 // A rank's rows of one layer, and where each route goes.
@@ -31,7 +33,8 @@ struct RankBatch {
   std::vector<Choice> choices;  // by row, ascending expert id
 };
 RankBatch MakeBatch(const ExchangeCase& c, int layer, int rank);
-DispatchPlan MakePlan(const ExchangeCase& c, const RankBatch& batch);
+// Of rows begin .. end - 1 of the batch, which are rows 0 .. of the plan.
+DispatchPlan MakePlan(const ExchangeCase& c, const RankBatch& batch, int begin, int end);
 
 // out[hidden] of a fake expert: cheap, and different for every expert, code, scale and position.
 void RunFakeExpert(ExpertId expert, const int8_t* codes, float scale, int64_t hidden, float* out);
@@ -43,7 +46,7 @@ std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank);
 std::vector<float> RunFakeExperts(const ExchangeOptions& options, const ReceivedRows& received);
 
 // Goes through all layers of the case as `transport`'s rank; (*outs)[layer] is what CombineRecv
-// left.
+// left. Two micro-batches take turns as in a model.
 absl::Status RunRank(const ExchangeCase& c, Transport& transport,
                      std::vector<std::vector<float>>* outs);
 

@@ -84,6 +84,25 @@ INSTANTIATE_TEST_SUITE_P(Wires, ExchangeWireTest,
                                           testing::Values(1, 2, 3)),
                          WireName);
 
+// However many rows are waited for, and whether or not two halves take turns: the same bits.
+TEST(ExchangeTest, EarlyArrivalsAndMicroBatchesChangeNothing) {
+  for (bool presum : {true, false}) {
+    for (int num_ranks = 1; num_ranks <= 5; ++num_ranks) {
+      ExchangeCase c = MakeCase(num_ranks, RowFormat::kInt8,
+                                presum ? RowFormat::kInt4 : RowFormat::kFp32, presum);
+      c.num_layers = 6;
+      const Outs expected = ReferenceOuts(c);
+      for (c.micro_batches = 1; c.micro_batches <= 2; ++c.micro_batches) {
+        for (int64_t min_routes : {int64_t{1}, int64_t{9}, Exchange::kAllRoutes}) {
+          c.min_routes = min_routes;
+          EXPECT_EQ(RunWorld(c), expected) << num_ranks << " ranks, " << c.micro_batches
+                                           << " micro-batches, " << min_routes << " routes";
+        }
+      }
+    }
+  }
+}
+
 TEST(ExchangeTest, DispatchIsLossless) {
   // Rows on one rank never travel: the single rank shows what the experts multiply at home.
   for (RowFormat dispatch : {RowFormat::kFp32, RowFormat::kInt8}) {
@@ -174,7 +193,7 @@ constexpr ExchangeOptions kTwoRankOptions = {.dispatch = RowFormat::kInt8,
 
 void ExpectTraffic(Transport& transport, Phase phase, TrafficScope scope,
                    const TrafficCount& expected) {
-  const TrafficCount& count = transport.traffic().at(phase, scope);
+  const TrafficCount count = transport.Traffic(Direction::kSent, phase, scope);
   EXPECT_EQ(count.payload_bytes, expected.payload_bytes);
   EXPECT_EQ(count.message_bytes, expected.message_bytes);
   EXPECT_EQ(count.messages, expected.messages);
@@ -208,6 +227,7 @@ TEST(ExchangeTest, CountsTheBytesThatLeave) {
       ASSERT_TRUE(ranks.exchange(rank).CombineSend(outputs.data()).ok());
     }
     for (int rank = 0; rank < 2; ++rank) {
+      ASSERT_EQ(ranks.exchange(rank).DispatchRecv().value(), nullptr);
       ASSERT_TRUE(ranks.exchange(rank).CombineRecv(out.data()).ok());
     }
     // Header 40, 3 routes of 4 + 2 bytes, 2 counts: already a multiple of 4.
@@ -242,11 +262,25 @@ TEST(ExchangeTest, ALayerInSteadyStateAllocatesNothing) {
       for (int rank = 0; rank < 2; ++rank) (void)ranks.Dispatch(rank);
       for (int rank = 0; rank < 2; ++rank) (void)ranks.exchange(rank).DispatchRecv();
       for (int rank = 0; rank < 2; ++rank) (void)ranks.exchange(rank).CombineSend(outputs.data());
+      for (int rank = 0; rank < 2; ++rank) (void)ranks.exchange(rank).DispatchRecv();
       for (int rank = 0; rank < 2; ++rank) (void)ranks.exchange(rank).CombineRecv(out.data());
     }
     EXPECT_GT(before, 0);
     EXPECT_EQ(NumAllocations(), before) << RowFormatName(format);
   }
+}
+
+TEST(ExchangeTest, OwnRowsAndEarlyPeersComeFirst) {
+  TwoRanks ranks(kTwoRankOptions);
+  ASSERT_TRUE(ranks.Dispatch(0).ok());
+  const ReceivedRows* own = ranks.exchange(0).DispatchRecv(/*min_routes=*/1).value();
+  ASSERT_NE(own, nullptr) << "rank 1 has not spoken";
+  ASSERT_EQ(own->rows.size(), 1u);
+  EXPECT_EQ(own->routes[0].expert, ExpertId{1});
+  const std::vector<float> outputs(130);
+  ASSERT_TRUE(ranks.exchange(0).CombineSend(outputs.data()).ok());
+  ASSERT_TRUE(ranks.Dispatch(1).ok());
+  EXPECT_EQ(ranks.exchange(0).DispatchRecv(1).value(), nullptr) << "rank 1 has no rows";
 }
 
 TEST(ExchangeTest, RowsAreOrderedBySourceWhateverArrivesFirst) {
@@ -306,6 +340,7 @@ TEST(ExchangeTest, GarbageFromAPeerIsAnError) {
       ExpectErrorFromRank(1, "magic", ranks.exchange(0).DispatchRecv().status());
     } else {
       ASSERT_TRUE(ranks.exchange(0).CombineSend(outputs.data()).ok());
+      ASSERT_EQ(ranks.exchange(0).DispatchRecv().value(), nullptr);
       ExpectErrorFromRank(1, "magic", ranks.exchange(0).CombineRecv(out.data()));
     }
   }
@@ -332,6 +367,7 @@ TEST(ExchangeTest, APeerThatLeavesBeforeItReturnsRowsIsAnError) {
   const std::vector<float> outputs(4 * 130);
   std::vector<float> out(2 * 130);
   ASSERT_TRUE(ranks.exchange(0).CombineSend(outputs.data()).ok());
+  ASSERT_EQ(ranks.exchange(0).DispatchRecv().value(), nullptr);
   ranks.Leave(1);
   ExpectErrorFromRank(1, "is gone", ranks.exchange(0).CombineRecv(out.data()));
 }

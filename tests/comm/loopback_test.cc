@@ -27,7 +27,7 @@ absl::StatusOr<std::string> ReceiveText(Transport& transport, std::vector<RankId
   const auto bytes = arrival.message.bytes();
   std::string text(bytes.begin(), bytes.end());
   transport.Recycle(std::move(arrival.message));
-  return absl::StrCat(base::Index(arrival.from), ":", text);
+  return absl::StrCat(base::Index(arrival.what.from), ":", text);
 }
 
 bool Contains(const absl::Status& status, const std::string& text) {
@@ -50,6 +50,20 @@ TEST(LoopbackTest, KeepsOrderWithinAPeerAndPhase) {
   EXPECT_EQ(receive({kRank1, kRank2}, Phase::kDispatch), "2:a2") << "the first to arrive";
   EXPECT_EQ(receive({kRank1, kRank2}, Phase::kDispatch), "1:b1");
   EXPECT_EQ(receive({kRank1}, Phase::kCombine), "1:c1");
+}
+
+TEST(LoopbackTest, TryReceiveDoesNotWait) {
+  auto world = MakeLoopbackWorld(3);
+  const Awaited awaited[] = {{kRank1, Phase::kDispatch}, {kRank2, Phase::kCombine}};
+  EXPECT_FALSE(world[0]->TryReceive(awaited).value().has_value());
+  ASSERT_TRUE(world[1]->Send(kRank0, Phase::kCombine, MakeMessage(*world[1], "other")).ok());
+  EXPECT_FALSE(world[0]->TryReceive(awaited).value().has_value()) << "of a phase nobody asked for";
+  ASSERT_TRUE(world[2]->Send(kRank0, Phase::kCombine, MakeMessage(*world[2], "two")).ok());
+  const auto arrival = world[0]->TryReceive(awaited).value();
+  ASSERT_TRUE(arrival.has_value());
+  EXPECT_EQ(arrival->what, awaited[1]);
+  world[1].reset();
+  EXPECT_TRUE(absl::IsUnavailable(world[0]->TryReceive(awaited).status()));
 }
 
 TEST(LoopbackTest, ReceiveWaitsForWhatComesLater) {

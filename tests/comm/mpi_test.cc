@@ -58,7 +58,7 @@ TEST(MpiTest, MessagesKeepTheirOrderAndBytes) {
       ASSERT_TRUE(arrival.ok()) << arrival.status();
       EXPECT_EQ(arrival->message.size_bytes, size);
       for (uint8_t byte : arrival->message.bytes()) ASSERT_EQ(byte, size % 251);
-      EXPECT_EQ(std::erase(waiting, arrival->from), 1u);
+      EXPECT_EQ(std::erase(waiting, arrival->what.from), 1u);
       world->Recycle(std::move(arrival->message));
     }
   }
@@ -77,11 +77,14 @@ TEST(MpiTest, ExchangeEqualsItsReference) {
                  .top_k = 3,
                  .num_experts = 8};
     c.num_layers = 5;
-    std::vector<std::vector<float>> outs;
-    const absl::Status status = RunRank(c, *world, &outs);
-    ASSERT_TRUE(status.ok()) << status;
-    for (int layer = 0; layer < c.num_layers; ++layer) {
-      EXPECT_EQ(outs[layer], ReferenceOut(c, layer, base::Index(world->rank()))) << layer;
+    for (c.micro_batches = 1; c.micro_batches <= 2; ++c.micro_batches) {
+      c.min_routes = c.micro_batches == 2 ? 20 : Exchange::kAllRoutes;
+      std::vector<std::vector<float>> outs;
+      const absl::Status status = RunRank(c, *world, &outs);
+      ASSERT_TRUE(status.ok()) << status;
+      for (int layer = 0; layer < c.num_layers; ++layer) {
+        EXPECT_EQ(outs[layer], ReferenceOut(c, layer, base::Index(world->rank()))) << layer;
+      }
     }
   }
 }
@@ -148,10 +151,13 @@ TEST(MpiTest, NoRankWaitsForRowsWhileTheirSenderComputes) {
   std::vector<float> rows(kRows * options.hidden * (world->size() - 1));
   ASSERT_TRUE(exchange.DispatchSend(1, 1, plan, codes.rows(kRows), rows.data()).ok());
   ASSERT_TRUE(exchange.DispatchRecv().ok());
+  ASSERT_TRUE(exchange.Flush().ok());
   ASSERT_TRUE(MeetOutsideMpi("dispatch")) << "a dispatch message was still on its way";
   ASSERT_TRUE(exchange.CombineSend(rows.data()).ok());
   std::vector<float> out(kRows * options.hidden);
+  ASSERT_EQ(exchange.DispatchRecv().value(), nullptr);
   ASSERT_TRUE(exchange.CombineRecv(out.data()).ok());
+  ASSERT_TRUE(exchange.Flush().ok());
   ASSERT_TRUE(MeetOutsideMpi("combine")) << "a combine message was still on its way";
 }
 

@@ -100,9 +100,11 @@ absl::Status RunRank(const MoeCase& c, const Placement& placement, const Placeme
                       .x_stride = kHidden,
                       .eps = kEps},
                      executor);
-    TERNION_RETURN_IF_ERROR(MoeForward(weights, placement,
-                                       {x, normed.data(), 4, static_cast<uint32_t>(layer)}, context,
-                                       hidden.data()));
+    MicroBatch& batch = context.micro_batches[layer % 2];
+    const MoeInput input = {x, normed.data(), 4, static_cast<uint32_t>(layer)};
+    TERNION_RETURN_IF_ERROR(MoeDispatch(weights, placement, input, context, batch));
+    TERNION_RETURN_IF_ERROR(MoeExperts(weights, context, batch, nullptr));
+    TERNION_RETURN_IF_ERROR(MoeCombine(batch, hidden.data()));
   }
   return absl::OkStatus();
 }
@@ -233,9 +235,9 @@ TEST(MoeLayer, ExactWireGivesTheSameBitsOnAnyWorld) {
                        std::to_string(idle) + " idle, dispatch " +
                        std::string(comm::RowFormatName(dispatch)));
           EXPECT_EQ(RunWorld({.num_ranks = num_ranks,
-                         .placement = placement.json,
-                         .owner = RandomOwners(num_ranks, idle, num_ranks),
-                         .dispatch = dispatch}),
+                              .placement = placement.json,
+                              .owner = RandomOwners(num_ranks, idle, num_ranks),
+                              .dispatch = dispatch}),
                     expected);
         }
       }
@@ -261,9 +263,9 @@ TEST(MoeLayer, Int8DispatchIsLossless) {
 TEST(MoeLayer, PresumIsCloseToExact) {
   const std::vector<float> exact = Expected();
   const std::vector<float> presum = RunWorld({.num_ranks = 3,
-                                         .owner = RandomOwners(3, 1, 2),
-                                         .exact = false,
-                                         .combine = comm::RowFormat::kFp32});
+                                              .owner = RandomOwners(3, 1, 2),
+                                              .exact = false,
+                                              .combine = comm::RowFormat::kFp32});
   double error = 0, size = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     error += (presum[i] - exact[i]) * (presum[i] - exact[i]);

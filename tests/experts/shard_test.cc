@@ -60,8 +60,9 @@ class ShardCase {
     const size_t num_outputs = presum ? received_.rows.size() : received_.routes.size();
     // What was there before must not matter.
     std::vector<float> outputs(num_outputs * shape_.hidden, 1e30f);
-    shard_.Run(*kernels::SelectCpuKernels(isa), executor, config(), received_, presum, workspace,
-               outputs.data());
+    const FfnConfig ffn = config();
+    const ShardWork work = {&ffn, &received_, presum, outputs.data()};
+    EXPECT_TRUE(shard_.Run(*kernels::SelectCpuKernels(isa), executor, work, workspace).ok());
     return outputs;
   }
 
@@ -155,16 +156,39 @@ TEST(Shard, WorkspaceIsReused) {
   base::ThreadPool threads(1);
   kernels::Executor executor{.threads = &threads};
   ShardWorkspace workspace(8, 64, 48);
+  const kernels::Kernels& table = *kernels::SelectCpuKernels("");
+  const FfnConfig config = many.config();
   for (const bool presum : {false, true, false}) {
     const std::vector<float> expected = many.Expected(presum);
     std::vector<float> outputs(expected.size());
-    many.shard().Run(*kernels::SelectCpuKernels(""), executor, many.config(), many.received(),
-                     presum, workspace, outputs.data());
+    const ShardWork work = {&config, &many.received(), presum, outputs.data()};
+    EXPECT_TRUE(many.shard().Run(table, executor, work, workspace).ok());
     EXPECT_EQ(outputs, expected);
     const comm::ReceivedRows none;
-    many.shard().Run(*kernels::SelectCpuKernels(""), executor, many.config(), none, presum,
-                     workspace, nullptr);
+    EXPECT_TRUE(many.shard().Run(table, executor, {&config, &none, presum}, workspace).ok());
   }
+}
+
+TEST(Shard, LooksUpBetweenExperts) {
+  const ShardCase c(kShapes[0]);
+  base::ThreadPool threads(1);
+  kernels::Executor executor{.threads = &threads};
+  ShardWorkspace workspace(4096, 64, 48);
+  workspace.bytes_between = 1;
+  const kernels::Kernels& table = *kernels::SelectCpuKernels("");
+  const FfnConfig config = c.config();
+  const std::vector<float> expected = c.Expected(true);
+  std::vector<float> outputs(expected.size());
+  int calls = 0;
+  absl::Status outcome;
+  const auto look = [&] { return ++calls, outcome; };
+  const absl::FunctionRef<absl::Status()> between = look;
+  const ShardWork work = {&config, &c.received(), true, outputs.data(), &between};
+  EXPECT_TRUE(c.shard().Run(table, executor, work, workspace).ok());
+  EXPECT_EQ(outputs, expected);
+  EXPECT_EQ(calls, c.shard().num_experts_here() - 1);
+  outcome = absl::UnavailableError("rank 7 is gone");
+  EXPECT_EQ(c.shard().Run(table, executor, work, workspace), outcome);
 }
 
 // relu2 skips codes when up and down lie in lines; the results are the same bits. Few and many
