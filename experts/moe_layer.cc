@@ -90,9 +90,9 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
 absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
                          const MoeInput& input, MoeContext& ctx, MicroBatch& batch) {
   const GateChoice choice = ChooseExperts(weights.gate, input, ctx);
-  PlanDispatch(placement, static_cast<int>(input.layer), ctx.transport->rank(), choice, batch.plan);
-  return batch.exchange.DispatchSend(input.step, input.layer, batch.plan, input.codes,
-                                     input.normed);
+  const comm::DispatchPlan& plan = PlanDispatch(placement, static_cast<int>(input.layer),
+                                                ctx.transport->rank(), choice, ctx.routing);
+  return batch.exchange.DispatchSend(input.step, input.layer, plan, input.codes, input.normed);
 }
 
 absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBatch& batch,

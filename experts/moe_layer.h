@@ -34,7 +34,6 @@ struct MoeLayerWeights {
 // Rows that go through the layers together.
 struct MicroBatch {
   comm::Exchange exchange;
-  comm::DispatchPlan plan{};
   bool alone = true;  // no other micro-batch is under way
   // What goes back, one array for each time that rows arrived in a layer; they grow to the most
   // rows (or routes) received.
@@ -57,6 +56,7 @@ struct MoeContext {
   base::Array<float> logits;     // [max_rows, num_experts]
   base::Array<int32_t> experts;  // [max_rows, top_k]
   base::Array<float> weights;    // [max_rows, top_k]
+  RoutingWorkspace routing;
 };
 
 struct MoeInput {

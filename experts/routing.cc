@@ -1,80 +1,92 @@
 #include "experts/routing.h"
 
 #include <algorithm>
-#include <vector>
+#include <span>
 
 namespace ternion::experts {
 namespace {
 
-// One row's routes with their destinations.
-struct Destination {
-  RankId rank;
-  comm::Route route;
-};
+using Destination = RoutingWorkspace::Destination;
 
-RankId PickReplica(std::span<const RankId> replicas, RankId self, int64_t row,
-                   const std::vector<Destination>& chosen) {
-  if (replicas.size() == 1) return replicas[0];
-  if (std::binary_search(replicas.begin(), replicas.end(), self)) return self;
-  for (const Destination& other : chosen) {
-    if (std::binary_search(replicas.begin(), replicas.end(), other.rank)) return other.rank;
-  }
-  return replicas[(row + base::Index(self)) % replicas.size()];
+bool IsIn(std::span<const RankId> ranks, RankId rank) {
+  return std::binary_search(ranks.begin(), ranks.end(), rank);
 }
 
-// Fills `row_routes` with the row's routes, sorted by (rank, expert).
+// One of several replicas, none of them here. `turn` differs from row to row, from rank to rank and
+// from expert to expert.
+RankId PickReplica(std::span<const RankId> replicas, int64_t turn,
+                   std::span<const Destination> chosen) {
+  for (const Destination& other : chosen) {
+    if (IsIn(replicas, other.rank)) return other.rank;
+  }
+  return replicas[turn % replicas.size()];
+}
+
+// Fills `routes` [top_k] with the row's routes, sorted by (rank, expert).
 void PlanRow(const Placement& placement, int layer, RankId self, const GateChoice& choice,
-             int64_t row, std::vector<Destination>& row_routes) {
-  row_routes.clear();
+             int64_t row, std::span<Destination> routes) {
+  size_t first = 0, last = routes.size();  // certain ones from the front, the others at the back
   for (int j = 0; j < choice.top_k; ++j) {
     const ExpertId expert{choice.experts[row * choice.top_k + j]};
-    const float weight = choice.weights[row * choice.top_k + j];
-    const RankId rank = PickReplica(placement.RanksOf(layer, expert), self, row, row_routes);
-    row_routes.push_back({rank, {expert, weight}});
+    const comm::Route route = {expert, choice.weights[row * choice.top_k + j]};
+    const std::span<const RankId> replicas = placement.RanksOf(layer, expert);
+    if (replicas.size() == 1) {
+      routes[first++] = {replicas[0], route};
+    } else if (IsIn(replicas, self)) {
+      routes[first++] = {self, route};
+    } else {
+      routes[--last] = {self, route};
+    }
   }
-  std::sort(row_routes.begin(), row_routes.end(), [](const Destination& a, const Destination& b) {
+  for (; first < routes.size(); ++first) {
+    const ExpertId expert = routes[first].route.expert;
+    const int64_t turn = row + base::Index(self) + base::Index(expert);
+    routes[first].rank = PickReplica(placement.RanksOf(layer, expert), turn, routes.first(first));
+  }
+  std::sort(routes.begin(), routes.end(), [](const Destination& a, const Destination& b) {
     return a.rank != b.rank ? a.rank < b.rank : a.route.expert < b.route.expert;
   });
 }
 
 }  // namespace
 
-void PlanDispatch(const Placement& placement, int layer, RankId self, const GateChoice& choice,
-                  comm::DispatchPlan& plan) {
+const comm::DispatchPlan& PlanDispatch(const Placement& placement, int layer, RankId self,
+                                       const GateChoice& choice, RoutingWorkspace& ws) {
   const int num_ranks = placement.num_ranks();
   const size_t num_routes = static_cast<size_t>(choice.num_rows) * choice.top_k;
-  thread_local std::vector<Destination> row_routes;
-  thread_local std::vector<Destination> all_routes;  // [num_rows, top_k], each row sorted
-  thread_local std::vector<int32_t> route_next;      // per rank: where its next route goes
-  thread_local std::vector<int32_t> row_next;        // per rank: where its next row goes
-  all_routes.clear();
-  row_next.assign(num_ranks + 1, 0);
-  route_next.assign(num_ranks + 1, 0);
+  const auto begins_entry = [&](size_t i) {  // of its (row, rank)
+    return i % choice.top_k == 0 || ws.routes[i].rank != ws.routes[i - 1].rank;
+  };
+  ws.routes.resize(num_routes);
+  ws.row_next.assign(num_ranks + 1, 0);
+  ws.route_next.assign(num_ranks + 1, 0);
   for (int64_t row = 0; row < choice.num_rows; ++row) {
-    PlanRow(placement, layer, self, choice, row, row_routes);
-    for (size_t j = 0; j < row_routes.size(); ++j) {
-      const int rank = base::Index(row_routes[j].rank);
-      ++route_next[rank + 1];
-      if (j == 0 || row_routes[j].rank != row_routes[j - 1].rank) ++row_next[rank + 1];
-    }
-    all_routes.insert(all_routes.end(), row_routes.begin(), row_routes.end());
+    PlanRow(placement, layer, self, choice, row,
+            std::span(ws.routes).subspan(row * choice.top_k, choice.top_k));
+  }
+  for (size_t i = 0; i < num_routes; ++i) {
+    const int rank = base::Index(ws.routes[i].rank);
+    ++ws.route_next[rank + 1];
+    if (begins_entry(i)) ++ws.row_next[rank + 1];
   }
   for (int rank = 0; rank < num_ranks; ++rank) {
-    row_next[rank + 1] += row_next[rank];
-    route_next[rank + 1] += route_next[rank];
+    ws.row_next[rank + 1] += ws.row_next[rank];
+    ws.route_next[rank + 1] += ws.route_next[rank];
   }
-  plan.rank_begin = row_next;
-  plan.rows.resize(row_next[num_ranks]);
+  comm::DispatchPlan& plan = ws.plan;
+  plan.rank_begin = ws.row_next;
+  plan.rows.resize(ws.row_next[num_ranks]);
   plan.routes.resize(num_routes);
   for (size_t i = 0; i < num_routes; ++i) {
-    const int rank = base::Index(all_routes[i].rank);
-    const bool same_row = i % choice.top_k != 0 && all_routes[i].rank == all_routes[i - 1].rank;
-    if (!same_row) {
-      plan.rows[row_next[rank]++] = {static_cast<int32_t>(i / choice.top_k), route_next[rank], 0};
+    const int rank = base::Index(ws.routes[i].rank);
+    if (begins_entry(i)) {
+      plan.rows[ws.row_next[rank]++] = {static_cast<int32_t>(i / choice.top_k), ws.route_next[rank],
+                                        0};
     }
-    ++plan.rows[row_next[rank] - 1].num_routes;
-    plan.routes[route_next[rank]++] = all_routes[i].route;
+    ++plan.rows[ws.row_next[rank] - 1].num_routes;
+    plan.routes[ws.route_next[rank]++] = ws.routes[i].route;
   }
+  return plan;
 }
 
 }  // namespace ternion::experts

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "comm/exchange.h"
 #include "experts/placement.h"
@@ -16,11 +17,24 @@ struct GateChoice {
   int top_k = 0;
 };
 
+// A plan and the scratch to make it; keeps its capacity from call to call.
+struct RoutingWorkspace {
+  // One route of a row, with its destination.
+  struct Destination {
+    RankId rank;
+    comm::Route route;
+  };
+  comm::DispatchPlan plan;
+  std::vector<Destination> routes;  // [num_rows, top_k], each row sorted by (rank, expert)
+  std::vector<int32_t> route_next;  // per rank: where its next route goes
+  std::vector<int32_t> row_next;    // per rank: where its next row goes
+};
+
 // Picks one replica for every chosen expert and groups the rows by destination, one entry per (row,
-// rank). A replica on `self` wins, then one on a rank the row goes to anyway, then one by turns, so
-// that replicas share the load. A pure function of its arguments; `plan` keeps its capacity between
-// calls.
-void PlanDispatch(const Placement& placement, int layer, RankId self, const GateChoice& choice,
-                  comm::DispatchPlan& plan);
+// rank). A replica on `self` wins. Experts with one holder come before those with several, which
+// go to a rank that the row visits anyway if they can, and by turns if not, so that replicas share
+// the load. Returns workspace.plan, which follows from the other arguments alone.
+const comm::DispatchPlan& PlanDispatch(const Placement& placement, int layer, RankId self,
+                                       const GateChoice& choice, RoutingWorkspace& workspace);
 
 }  // namespace ternion::experts

@@ -24,7 +24,7 @@ constexpr char kMagic[8] = {'T', 'R', 'N', 'T', 'R', 'A', 'C', 'E'};
 constexpr uint32_t kVersion = 1;
 constexpr int kMaxExperts = 1 << 16;
 constexpr int kMaxLayers = 1 << 20;
-constexpr int64_t kMaxTokens = int64_t{1} << 40;
+constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 constexpr double kMaxZipfExponent = 8;
 
 // What is hashed besides the ids.

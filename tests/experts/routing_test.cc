@@ -123,7 +123,7 @@ bool SamePlan(const DispatchPlan& a, const DispatchPlan& b) {
 
 TEST(PlanDispatch, RandomPlacementsKeepTheInvariants) {
   std::mt19937 random(1);
-  DispatchPlan reused;
+  RoutingWorkspace reused;
   for (int round = 0; round < 300; ++round) {
     SCOPED_TRACE("round " + std::to_string(round));
     const int num_ranks = 1 + random() % 6;
@@ -134,10 +134,10 @@ TEST(PlanDispatch, RandomPlacementsKeepTheInvariants) {
     const Placement placement = RandomPlacement(2, num_experts, num_ranks, random);
     const Choice choice = RandomChoice(random() % 40, num_experts, top_k, random);
     // The same whatever was planned before.
-    DispatchPlan plan;
-    PlanDispatch(placement, layer, RankId{self}, choice.view(), plan);
-    PlanDispatch(placement, layer, RankId{self}, choice.view(), reused);
-    EXPECT_TRUE(SamePlan(plan, reused));
+    RoutingWorkspace fresh;
+    const DispatchPlan& plan = PlanDispatch(placement, layer, RankId{self}, choice.view(), fresh);
+    EXPECT_TRUE(
+        SamePlan(plan, PlanDispatch(placement, layer, RankId{self}, choice.view(), reused)));
     ASSERT_NO_FATAL_FAILURE(CheckPlan(placement, layer, self, choice, plan));
     if (HasFailure()) return;
   }
@@ -152,18 +152,51 @@ TEST(PlanDispatch, ARowIsSentToFewRanks) {
       choice.experts.insert(choice.experts.end(), {0, 1});
       choice.weights.insert(choice.weights.end(), {0.5f, 0.5f});
     }
-    DispatchPlan plan;
-    PlanDispatch(placement, 0, RankId{0}, choice.view(), plan);
+    RoutingWorkspace workspace;
+    const DispatchPlan& plan = PlanDispatch(placement, 0, RankId{0}, choice.view(), workspace);
     EXPECT_EQ(plan.rank_begin, std::vector<int32_t>({0, 0, static_cast<int32_t>(num_rows),
                                                      static_cast<int32_t>(num_rows)}));
   }
 }
 
+TEST(PlanDispatch, ExpertsWithOneHolderAreChosenFirst) {
+  // Both experts of a row fit on rank 1, in whichever order the gate names them.
+  const Placement placement = *Placement::FromJson(R"({"experts": [1, [1, 2]]})", 1, 2, 3);
+  for (int64_t num_rows : {1, 2, 5}) {
+    Choice choice{{}, {}, num_rows, 2};
+    for (int64_t row = 0; row < num_rows; ++row) {
+      choice.experts.insert(choice.experts.end(), {1, 0});
+      choice.weights.insert(choice.weights.end(), {0.5f, 0.5f});
+    }
+    RoutingWorkspace workspace;
+    const DispatchPlan& plan = PlanDispatch(placement, 0, RankId{0}, choice.view(), workspace);
+    EXPECT_EQ(plan.rank_begin[1], 0);
+    EXPECT_EQ(plan.rank_begin[2], num_rows);
+    EXPECT_EQ(plan.rank_begin[3], num_rows);
+  }
+}
+
+TEST(PlanDispatch, ReplicasOfDifferentExpertsTakeTurnsApart) {
+  // One row per rank, as in decoding: equally loved experts must not all go to the first replica.
+  const Placement placement =
+      *Placement::FromJson(R"({"experts": [[1, 2], [1, 2], [1, 2], [1, 2]]})", 1, 4, 3);
+  std::vector<int32_t> rows_of(3, 0);
+  for (int32_t expert = 0; expert < 4; ++expert) {
+    const Choice choice{{expert}, {1.0f}, 1, 1};
+    RoutingWorkspace workspace;
+    const DispatchPlan& plan = PlanDispatch(placement, 0, RankId{0}, choice.view(), workspace);
+    for (int rank = 0; rank < 3; ++rank) {
+      rows_of[rank] += plan.rank_begin[rank + 1] - plan.rank_begin[rank];
+    }
+  }
+  EXPECT_EQ(rows_of, std::vector<int32_t>({0, 2, 2}));
+}
+
 TEST(PlanDispatch, ReplicasShareTheLoad) {
   const Placement placement = *Placement::FromJson(R"({"experts": [[1, 2, 3]]})", 1, 1, 4);
   const Choice choice{std::vector<int32_t>(9, 0), std::vector<float>(9, 1.0f), 9, 1};
-  DispatchPlan plan;
-  PlanDispatch(placement, 0, RankId{0}, choice.view(), plan);
+  RoutingWorkspace workspace;
+  const DispatchPlan& plan = PlanDispatch(placement, 0, RankId{0}, choice.view(), workspace);
   EXPECT_EQ(plan.rank_begin, std::vector<int32_t>({0, 0, 3, 6, 9}));
 }
 
