@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -89,6 +90,37 @@ absl::StatusOr<Placement> Placement::FromJson(const std::string& text, int num_l
     }
   }
   return placement;
+}
+
+Placement Placement::FromLayers(std::vector<LayerRanks> ranks, int num_ranks) {
+  TERNION_CHECK(!ranks.empty());
+  const int num_layers = static_cast<int>(ranks.size());
+  Placement placement(num_layers, static_cast<int>(ranks[0].size()), num_ranks);
+  auto next = placement.ranks_.begin();
+  for (LayerRanks& layer : ranks) {
+    TERNION_CHECK(layer.size() == ranks[0].size());
+    for (std::vector<RankId>& expert : layer) {
+      TERNION_CHECK(!expert.empty() && std::is_sorted(expert.begin(), expert.end()));
+      TERNION_CHECK(expert.front() >= RankId{0} && expert.back() < RankId{num_ranks});
+      *next++ = std::move(expert);
+    }
+  }
+  return placement;
+}
+
+std::string Placement::ToJson() const {
+  Json layers = Json::array();
+  for (int layer = 0; layer < num_layers_; ++layer) {
+    Json experts = Json::array();
+    for (int expert = 0; expert < num_experts_; ++expert) {
+      const std::span<const RankId> ranks = RanksOf(layer, ExpertId(expert));
+      Json entry = Json::array();
+      for (RankId rank : ranks) entry.push_back(base::Index(rank));
+      experts.push_back(ranks.size() == 1 ? entry[0] : entry);
+    }
+    layers.push_back(std::move(experts));
+  }
+  return Json{{"layers", std::move(layers)}}.dump();
 }
 
 std::span<const RankId> Placement::RanksOf(int layer, ExpertId expert) const {

@@ -13,6 +13,9 @@ namespace ternion::experts {
 using base::ExpertId;
 using base::RankId;
 
+// The ranks of every expert of a layer, ascending.
+using LayerRanks = std::vector<std::vector<RankId>>;
+
 // (layer, expert) -> one or more ranks, ascending. Immutable; the same on every rank. Any uneven
 // layout is valid, also ranks without experts.
 class Placement {
@@ -25,6 +28,12 @@ class Placement {
   // and the expert when counts do not match or a rank does not exist.
   static absl::StatusOr<Placement> FromJson(const std::string& text, int num_layers,
                                             int num_experts, int num_ranks);
+
+  // ranks [num_layers][num_experts]: of each expert one or more, ascending, below num_ranks.
+  static Placement FromLayers(std::vector<LayerRanks> ranks, int num_ranks);
+
+  // What FromJson reads, in its second form.
+  std::string ToJson() const;
 
   std::span<const RankId> RanksOf(int layer, ExpertId expert) const;
   // Experts of `rank` in `layer`, ascending.

@@ -20,8 +20,8 @@ using base::ExpertId;
 struct TraceShape {
   int num_layers = 0;
   int64_t num_tokens = 0;  // below 2^31
-  int num_experts = 0;  // at most 65536: ids have 16 bits
-  int top_k = 0;        // experts per token, at most num_experts
+  int num_experts = 0;     // at most 65536: ids have 16 bits
+  int top_k = 0;           // experts per token, at most num_experts
 
   bool operator==(const TraceShape&) const = default;
 };

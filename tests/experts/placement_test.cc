@@ -114,5 +114,19 @@ TEST(FromJson, MalformedIsAClearError) {
   }
 }
 
+TEST(ToJson, ComesBackAsItWas) {
+  const std::string text = R"({"layers":[[0,[0,2],1],[[0,1,2],1,2]]})";
+  const auto placement = Placement::FromJson(text, 2, 3, 3);
+  ASSERT_TRUE(placement.ok()) << placement.status();
+  EXPECT_EQ(placement->ToJson(), text);
+}
+
+TEST(FromLayers, HoldsWhatItWasGiven) {
+  const Placement placement =
+      Placement::FromLayers({{{RankId{1}}, {RankId{0}, RankId{2}}}, {{RankId{2}}, {RankId{2}}}}, 3);
+  EXPECT_EQ(placement.ToJson(), R"({"layers":[[1,[0,2]],[2,2]]})");
+  EXPECT_EQ(placement.num_ranks(), 3);
+}
+
 }  // namespace
 }  // namespace ternion::experts

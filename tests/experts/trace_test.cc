@@ -100,8 +100,8 @@ TEST(SyntheticTrace, RefusesBadCounts) {
   EXPECT_TRUE(IsInvalid(ZipfTrace(0, 8.1, {1, 1, 4, 2}).status(), "exponent"));
   const double nan = std::numeric_limits<double>::quiet_NaN();
   EXPECT_TRUE(IsInvalid(ZipfTrace(0, nan, {1, 1, 4, 2}).status(), "exponent"));
-  EXPECT_TRUE(IsInvalid(UniformTrace(0, {1 << 20, INT32_MAX, 65536, 65536}).status(),
-                        "too many ids"));
+  EXPECT_TRUE(
+      IsInvalid(UniformTrace(0, {1 << 20, INT32_MAX, 65536, 65536}).status(), "too many ids"));
 }
 
 TEST(Hash, DependsOnCountsAndIds) {
