@@ -58,10 +58,6 @@ absl::Status ValidateExchangeOptions(const ExchangeOptions& options) {
     return absl::InvalidArgumentError(
         "exchange: int4 dispatch would round this model's 8-bit activations; choose int8");
   }
-  if (!options.presum && options.combine != RowFormat::kFp32) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "exchange: the exact wire needs fp32 combine, not ", RowFormatName(options.combine)));
-  }
   return absl::OkStatus();
 }
 
@@ -72,13 +68,14 @@ void ReceivedRows::Clear() {
 
 struct Exchange::Peer {
   enum class Rows { kAwaited, kReady, kHandedOut };
-  Rows rows = Rows::kAwaited;       // its rows of this layer; this rank's own are ready at once
-  bool in_hand = false;             // among those that DispatchRecv handed out last
-  Message dispatch;                 // its rows, held until CombineRecv ends
-  DispatchView view;                // into dispatch
-  kernels::QuantizedBuffer codes;   // its rows, when dispatch does not hold int8 codes
-  base::Array<float> floats;        // its rows at fp32: those to quantize, later those returned
-  Message combine;                  // what it returns for this rank's rows
+  Rows rows = Rows::kAwaited;      // its rows of this layer; this rank's own are ready at once
+  bool in_hand = false;            // among those that DispatchRecv handed out last
+  Message dispatch;                // its rows, held until CombineRecv ends
+  DispatchView view;               // into dispatch
+  kernels::QuantizedBuffer codes;  // its rows, when dispatch does not hold int8 codes
+  base::Array<float> floats;       // its rows at fp32, to be quantized
+  Message combine;                 // what it returns for this rank's rows; may come before dispatch
+  base::Array<float> decoded;      // the same decoded, if it is not fp32
   const float* returned = nullptr;  // the same as fp32 [rows or routes, hidden]
   int64_t first_row = 0;            // where its rows and routes start in received_
   int64_t first_route = 0;
@@ -383,7 +380,7 @@ absl::Status Exchange::TakeCombine(int rank, Message message) {
   CountMessage(Direction::kReceived, rank, expected, peer.combine);
   const int64_t num_rows = options_.presum ? expected.rows : expected.routes;
   peer.returned = FloatRows(options_.combine, peer.combine.bytes().data() + sizeof(expected),
-                            num_rows, &peer.floats);
+                            num_rows, &peer.decoded);
   return absl::OkStatus();
 }
 

@@ -48,7 +48,7 @@ struct DispatchPlan {
   struct Row {
     int32_t source = 0;       // row of the owner's batch
     int32_t first_route = 0;  // into routes; num_routes of them, ascending expert id
-    int32_t num_routes = 0;
+    int32_t num_routes = 0;   // 0: the rank has no expert of the row, and returns zeros
   };
   std::vector<int32_t> rank_begin;  // [size + 1] rows of rank r: rank_begin[r] .. rank_begin[r + 1]
   std::vector<Row> rows;            // grouped by destination rank, ascending source inside
@@ -73,7 +73,7 @@ struct ReceivedRows {
 struct ExchangeOptions {
   RowFormat dispatch = RowFormat::kInt8;
   RowFormat combine = RowFormat::kBf16;
-  bool presum = true;  // false only with combine == kFp32: the exact wire
+  bool presum = true;  // false with combine == kFp32 is the exact wire
   int act_bits = 8;    // width the model quantizes activations to: 8 or 4
   int64_t hidden = 0;
   int64_t max_rows = 0;  // own rows of one step, at most
@@ -84,8 +84,7 @@ struct ExchangeOptions {
 struct MessageHeader;  // comm/wire.h
 
 // InvalidArgument, naming the option, when a value is out of range or two options contradict each
-// other: int4 dispatch needs 4-bit activations (it must stay lossless), the exact wire needs fp32
-// combine.
+// other: int4 dispatch needs 4-bit activations (it must stay lossless).
 absl::Status ValidateExchangeOptions(const ExchangeOptions& options);
 
 // Used by its rank's one thread. After an error the exchange is unusable: the rank gives up.

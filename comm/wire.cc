@@ -76,7 +76,7 @@ absl::Status CheckRoutes(const Origin& origin, const DispatchView& view,
   for (int64_t row = 0; row < view.num_rows(); ++row) {
     const int64_t count = view.num_routes_of(row);
     const int64_t most = std::min<int64_t>(options.top_k, view.num_routes() - route);
-    TERNION_RETURN_IF_ERROR(CheckRange(origin, "route count of a row", count, 1, most));
+    TERNION_RETURN_IF_ERROR(CheckRange(origin, "route count of a row", count, 0, most));
     int64_t least_id = 0;
     for (const int64_t end = route + count; route < end; ++route) {
       const int64_t id = base::Index(view.route(route).expert);
@@ -177,8 +177,8 @@ absl::StatusOr<DispatchView> ReadDispatch(std::span<const uint8_t> message,
   TERNION_ASSIGN_OR_RETURN(const MessageHeader header, CheckHeader(message, expected, from));
   const Origin origin{Phase::kDispatch, from};
   TERNION_RETURN_IF_ERROR(CheckRange(origin, "rows", header.rows, 0, options.max_rows));
-  TERNION_RETURN_IF_ERROR(CheckRange(origin, "routes", header.routes, header.rows,
-                                     uint64_t{header.rows} * options.top_k));
+  TERNION_RETURN_IF_ERROR(
+      CheckRange(origin, "routes", header.routes, 0, uint64_t{header.rows} * options.top_k));
   // rows and routes are below 2^32 and hidden is ours (ValidateExchangeOptions), so that no product
   // in the layout overflows.
   const DispatchLayout layout(header.format, header.hidden, header.rows, header.routes);

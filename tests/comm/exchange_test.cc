@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "comm/loopback/loopback.h"
@@ -12,6 +13,7 @@
 #include "kernels/select.h"
 #include "tests/comm/counting_new.h"
 #include "tests/comm/exchange_case.h"
+#include "tests/comm/faulty_transport.h"
 
 namespace ternion::comm {
 namespace {
@@ -39,6 +41,13 @@ Outs RunWorld(const ExchangeCase& c) {
   });
   for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
   return outs;
+}
+
+void ExpectErrorFromRank(int rank, const char* text, const absl::Status& status) {
+  EXPECT_FALSE(status.ok());
+  const std::string who = absl::StrCat("rank ", rank);
+  EXPECT_NE(status.message().find(who), absl::string_view::npos) << status;
+  EXPECT_NE(status.message().find(text), absl::string_view::npos) << status;
 }
 
 Outs ReferenceOuts(const ExchangeCase& c) {
@@ -99,6 +108,50 @@ TEST(ExchangeTest, EarlyArrivalsAndMicroBatchesChangeNothing) {
                                            << " micro-batches, " << min_routes << " routes";
         }
       }
+    }
+  }
+}
+
+// Phases are not ordered between each other: what a peer returns may overtake its own rows.
+TEST(ExchangeTest, ACombineMayOvertakeADispatch) {
+  for (RowFormat dispatch : {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kInt8}) {
+    for (Phase first : {Phase::kCombine, Phase::kDispatch}) {
+      ExchangeCase c = MakeCase(3, dispatch, RowFormat::kBf16, true);
+      c.num_layers = 20;
+      c.min_routes = 1;  // so that ranks return rows early
+      Outs outs(c.num_ranks);
+      const auto statuses = RunLoopback(c.num_ranks, [&](Transport& transport) {
+        FaultyTransport faulty(&transport);
+        faulty.first = first;
+        return RunRank(c, faulty, &outs[base::Index(transport.rank())]);
+      });
+      for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+      EXPECT_EQ(outs, ReferenceOuts(c)) << RowFormatName(dispatch);
+    }
+  }
+}
+
+// Any bit of any message, wherever it is: the receiver says whose message it was.
+TEST(ExchangeTest, AFlippedBitIsCaughtAndNamed) {
+  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
+    for (int bit = 0; bit < 64 * 8; bit += 7) {
+      ExchangeCase c = MakeCase(3, RowFormat::kInt8, RowFormat::kInt8, true);
+      c.seed = 3;
+      const auto statuses = RunLoopback(c.num_ranks, [&](Transport& transport) {
+        FaultyTransport faulty(&transport);
+        bool done = false;
+        faulty.on_send = [&](RankId to, Phase of, Message& message) {
+          const bool chosen = transport.rank() == RankId{2} && to == RankId{1} && of == phase;
+          if (!chosen || std::exchange(done, true)) return;
+          const size_t byte = bit / 8 * (message.size_bytes - 1) / 64;  // over the whole message
+          message.bytes()[byte] ^= 1 << bit % 8;
+        };
+        std::vector<std::vector<float>> outs;
+        return RunRank(c, faulty, &outs);
+      });
+      ExpectErrorFromRank(2, phase == Phase::kDispatch ? "dispatch message" : "combine message",
+                          statuses[1]);
+      EXPECT_TRUE(statuses[0].ok() || absl::IsUnavailable(statuses[0])) << statuses[0];
     }
   }
 }
@@ -309,13 +362,6 @@ TEST(ExchangeTest, RowsAreOrderedBySourceWhateverArrivesFirst) {
   EXPECT_EQ(received->rows[1].codes, codes[1].rows(1).codes) << "own rows stay where they are";
 }
 
-void ExpectErrorFromRank(int rank, const char* text, const absl::Status& status) {
-  EXPECT_FALSE(status.ok());
-  const std::string who = absl::StrCat("rank ", rank);
-  EXPECT_NE(status.message().find(who), absl::string_view::npos) << status;
-  EXPECT_NE(status.message().find(text), absl::string_view::npos) << status;
-}
-
 TEST(ExchangeTest, PeersInAnotherStepOrLayerAreErrors) {
   for (uint32_t step : {1u, 9u}) {
     TwoRanks ranks(kTwoRankOptions);
@@ -390,7 +436,6 @@ TEST(ExchangeOptionsTest, ContradictionsAreRefusedByName) {
   expect("top_k is 5, must be 1 to 4", refused([](auto& o) { o.top_k = 5; }));
   expect("num_experts", refused([](auto& o) { o.num_experts = 1 << 17; }));
   expect("act_bits", refused([](auto& o) { o.act_bits = 5; }));
-  expect("exact wire", refused([](auto& o) { o.presum = false; }));
   expect("int4 dispatch", refused([](auto& o) {
            o.dispatch = RowFormat::kInt4;
            o.act_bits = 8;
