@@ -54,4 +54,7 @@ class Array {
   size_t count_ = 0;
 };
 
+// Bytes of memory that this machine has; 0 if it does not tell.
+int64_t MemoryBytes();
+
 }  // namespace ternion::base

@@ -9,6 +9,7 @@
 #include "base/logging.h"
 #include "base/status.h"
 #include "comm/collective.h"
+#include "launcher/bench_exchange.h"
 #include "launcher/bench_kernels.h"
 #include "launcher/commands.h"
 #include "launcher/shapes.h"
@@ -107,13 +108,45 @@ void AddEval(CLI::App& app, EvalOptions& options) {
   command->add_option("--json", options.json, "With --text: write the figures to this file");
 }
 
-void AddBench(CLI::App& app, BenchKernelsOptions& options) {
-  CLI::App* bench = app.add_subcommand("bench", "Measure, beside what this machine can do at best");
-  bench->require_subcommand(1);
-  CLI::App* command = bench->add_subcommand("kernels", "Ternary matrix products");
+void AddBenchKernels(CLI::App& bench, BenchKernelsOptions& options) {
+  CLI::App* command = bench.add_subcommand("kernels", "Ternary matrix products");
   command->add_option("--threads", options.num_threads, "Threads (default: all cores)")
       ->check(CLI::Range(1, 1024));
   command->add_option("--json", options.json_path, "Write the figures to this file");
+}
+
+void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
+  CLI::App* command = bench.add_subcommand(
+      "exchange", "Bytes and time of a layer's activation exchange, wire by wire");
+  command->add_option("--shape", options.shape,
+                      "Sizes of a public model, one of " + absl::StrJoin(ShapeNames(), ", "));
+  command->add_option("--hidden", options.hidden, "Elements of a row")
+      ->check(CLI::Range(1, 1 << 24));
+  command->add_option("--experts", options.experts, "Experts")->check(CLI::Range(1, 1 << 16));
+  command->add_option("--top-k", options.top_k, "Experts per token")->check(CLI::Range(1, 255));
+  CLI::Option* trace = command->add_option(
+      "--trace", options.trace, "Routing as recorded by eval --record-trace; else synthetic");
+  command->add_option("--routing", options.routing, "Synthetic routing")
+      ->check(CLI::IsMember({"uniform", "zipf"}))
+      ->excludes(trace)
+      ->capture_default_str();
+  command->add_option("--zipf", options.zipf_exponent, "Exponent of zipf routing")
+      ->check(CLI::Range(0.0, 8.0))
+      ->capture_default_str();
+  command->add_option("--seed", options.seed, "Seed of synthetic routing")->capture_default_str();
+  command->add_option("--tokens", options.tokens, "Tokens per rank, a table for each")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--seconds", options.seconds, "Time spent on each line")
+      ->check(CLI::Range(0.0, 3600.0))
+      ->capture_default_str();
+  command->add_option("--ladder", options.ladders,
+                      "JSON of eval --ladder: what a wire costs in bits per byte");
+  command->add_option("--json", options.json, "Write everything to this file");
+  command->add_option("--matrix", options.matrix,
+                      "CSV of the bytes from each rank (line) to each (column), int4/int4");
+  AddWorldFlags(*command, options.world);
 }
 
 void AddInspect(CLI::App& app, InspectOptions& options) {
@@ -145,12 +178,16 @@ int Main(int argc, char** argv) {
   app.require_subcommand(0, 1);  // none: see below; CLI11's own check would hide a misspelt one
   RunOptions run;
   EvalOptions eval;
-  BenchKernelsOptions bench;
+  BenchKernelsOptions bench_kernels;
+  BenchExchangeOptions bench_exchange;
   InspectOptions inspect;
   SynthOptions synth;
   AddRun(app, run);
   AddEval(app, eval);
-  AddBench(app, bench);
+  CLI::App* bench = app.add_subcommand("bench", "Measure, beside what this machine can do at best");
+  bench->require_subcommand(1);
+  AddBenchKernels(*bench, bench_kernels);
+  AddBenchExchange(*bench, bench_exchange);
   AddInspect(app, inspect);
   AddSynth(app, synth);
   try {
@@ -165,7 +202,12 @@ int Main(int argc, char** argv) {
   if (app.got_subcommand("eval")) {
     return RunInWorld(eval.engine.world, [&](World& world) { return Eval(eval, world); });
   }
-  if (app.got_subcommand("bench")) return RunAlone([&] { return BenchKernels(bench); });
+  if (bench->got_subcommand("kernels"))
+    return RunAlone([&] { return BenchKernels(bench_kernels); });
+  if (bench->got_subcommand("exchange")) {
+    return RunInWorld(bench_exchange.world,
+                      [&](World& world) { return BenchExchange(bench_exchange, world); });
+  }
   if (app.got_subcommand("inspect")) return RunAlone([&] { return Inspect(inspect); });
   return RunAlone([&] { return Synth(synth); });
 }

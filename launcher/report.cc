@@ -6,6 +6,7 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "comm/collective.h"
+#include "commit.h"
 
 namespace ternion::launcher {
 namespace {
@@ -83,6 +84,8 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
   }
   return report;
 }
+
+const char* BuildCommit() { return TERNION_COMMIT; }
 
 Json WireJson(const runtime::WireOptions& wire) {
   return {{"dispatch", std::string(comm::RowFormatName(*wire.dispatch))},

@@ -24,6 +24,9 @@ struct WorldReport {
 // Collective; the report is filled on rank 0.
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);
 
+// The commit that this program was built from, "-dirty" when files had changed; or "unknown".
+const char* BuildCommit();
+
 // {"dispatch", "combine", "exact"} as the engine runs them (Engine::wire).
 Json WireJson(const runtime::WireOptions& wire);
 

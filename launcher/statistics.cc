@@ -22,11 +22,4 @@ double KlDivergence(std::span<const float> reference, double reference_log_sum,
   return kl < 0 ? 0 : kl;  // rounding alone makes it negative; NaN stays
 }
 
-double Percentile(std::vector<float> values, double share) {
-  const size_t rank = static_cast<size_t>(std::ceil(share * static_cast<double>(values.size())));
-  const auto at = values.begin() + static_cast<int64_t>(std::max<size_t>(rank, 1) - 1);
-  std::nth_element(values.begin(), at, values.end());
-  return *at;
-}
-
 }  // namespace ternion::launcher

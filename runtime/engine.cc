@@ -1,11 +1,10 @@
 #include "runtime/engine.h"
 
-#include <sys/sysinfo.h>
-
 #include <algorithm>
 #include <new>
 #include <utility>
 
+#include "base/buffer.h"
 #include "base/file.h"
 #include "base/status.h"
 #include "comm/collective.h"
@@ -32,23 +31,18 @@ absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(const st
   return std::make_shared<const Placement>(*std::move(placement));
 }
 
-int64_t MemoryBytes() {
-  struct sysinfo info;
-  return sysinfo(&info) == 0 ? int64_t(info.totalram) * info.mem_unit : 0;
-}
-
 // A quarter of the memory, shared by the ranks of this node.
 int64_t DefaultKvTokens(const KvShape& shape, const comm::Transport& transport) {
   int64_t ranks_here = 0;
   for (int rank = 0; rank < transport.size(); ++rank) {
     ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
   }
-  const int64_t tokens = MemoryBytes() / 4 / ranks_here / shape.bytes_per_token();
+  const int64_t tokens = base::MemoryBytes() / 4 / ranks_here / shape.bytes_per_token();
   return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
 }
 
 absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape) {
-  const int64_t most = MemoryBytes() / shape.bytes_per_token();
+  const int64_t most = base::MemoryBytes() / shape.bytes_per_token();
   if (tokens <= most) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("a KV cache of ", tokens, " tokens: this machine's memory holds ", most));

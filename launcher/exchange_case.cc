@@ -1,0 +1,301 @@
+#include "launcher/exchange_case.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+
+#include "absl/strings/str_cat.h"
+#include "base/checked.h"
+#include "base/random.h"
+#include "base/status.h"
+#include "comm/codec.h"
+#include "comm/collective.h"
+#include "xxhash.h"
+
+namespace ternion::launcher {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using comm::DispatchPlan;
+using comm::RowFormat;
+
+double MicrosecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
+
+comm::ExchangeOptions OptionsOf(const WireCase& wire, const ExchangeSetup& setup) {
+  const experts::TraceShape& shape = setup.trace->shape;
+  return {
+      .dispatch = wire.dispatch,
+      .combine = wire.combine,
+      .presum = wire.presum,
+      .act_bits = wire.dispatch == RowFormat::kInt4 ? 4 : 8,
+      .hidden = setup.hidden,
+      .max_rows = setup.tokens_per_rank * (wire.rows == RowSet::kOncePerExpert ? shape.top_k : 1),
+      .top_k = shape.top_k,
+      .num_experts = shape.num_experts};
+}
+
+// The tokens of a rank are consecutive ones of the trace, which starts again at its end.
+DispatchPlan PlanOf(const experts::Placement& placement, const ExchangeSetup& setup, int layer,
+                    comm::RankId self) {
+  const experts::RoutingTrace& trace = *setup.trace;
+  const int top_k = trace.shape.top_k;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < setup.tokens_per_rank; ++i) {
+    const int64_t token = base::Index(self) * setup.tokens_per_rank + i;
+    for (uint16_t id : trace.ExpertsOf(layer, token % trace.shape.num_tokens)) ids.push_back(id);
+  }
+  const std::vector<float> weights(ids.size(), 1.0f / static_cast<float>(top_k));
+  experts::RoutingWorkspace workspace;
+  return PlanDispatch(placement, layer, self,
+                      {ids.data(), weights.data(), setup.tokens_per_rank, top_k}, workspace);
+}
+
+DispatchPlan OneRowPerExpert(const DispatchPlan& plan) {
+  DispatchPlan split;
+  split.routes = plan.routes;
+  for (size_t rank = 0; rank + 1 < plan.rank_begin.size(); ++rank) {
+    split.rank_begin.push_back(static_cast<int32_t>(split.rows.size()));
+    for (int32_t i = plan.rank_begin[rank]; i < plan.rank_begin[rank + 1]; ++i) {
+      const DispatchPlan::Row& row = plan.rows[i];
+      for (int32_t j = 0; j < row.num_routes; ++j) {
+        split.rows.push_back({row.source, row.first_route + j, 1});
+      }
+    }
+  }
+  split.rank_begin.push_back(static_cast<int32_t>(split.rows.size()));
+  return split;
+}
+
+DispatchPlan AllRowsToAllRanks(const DispatchPlan& plan, int32_t num_rows) {
+  DispatchPlan all;
+  all.routes = plan.routes;
+  for (size_t rank = 0; rank + 1 < plan.rank_begin.size(); ++rank) {
+    all.rank_begin.push_back(static_cast<int32_t>(all.rows.size()));
+    int32_t next = plan.rank_begin[rank];
+    for (int32_t source = 0; source < num_rows; ++source) {
+      const bool routed = next < plan.rank_begin[rank + 1] && plan.rows[next].source == source;
+      all.rows.push_back(routed ? plan.rows[next++] : DispatchPlan::Row{source, 0, 0});
+    }
+  }
+  all.rank_begin.push_back(static_cast<int32_t>(all.rows.size()));
+  return all;
+}
+
+// Factor by which a stand-in for an expert multiplies its rows.
+float FactorOf(base::ExpertId expert) {
+  return 1.0f / (1.5f + static_cast<float>(base::Index(expert)));
+}
+
+// out[i] = codes[i] * factor.
+void Scale(const int8_t* codes, float factor, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]) * factor;
+}
+
+// The weighted sum of the row's experts, as one factor.
+float FactorOf(std::span<const comm::Route> routes) {
+  float factor = 0;
+  for (const comm::Route& route : routes) factor += route.weight * FactorOf(route.expert);
+  return factor;
+}
+
+}  // namespace
+
+std::string WireCase::Name() const {
+  std::string name = absl::StrCat(comm::RowFormatName(dispatch), "/", comm::RowFormatName(combine));
+  if (rows == RowSet::kOncePerExpert) absl::StrAppend(&name, ", no dedup");
+  if (rows == RowSet::kToAllRanks) absl::StrAppend(&name, ", allgather");
+  if (!presum) absl::StrAppend(&name, ", no pre-sum");
+  if (placement != "contiguous") absl::StrAppend(&name, ", ", placement);
+  return name;
+}
+
+ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& placement,
+                           const ExchangeSetup& setup, World& world)
+    : wire_(wire),
+      setup_(setup),
+      world_(world),
+      exchange_(OptionsOf(wire, setup), &world.transport(), world.resources().kernels,
+                world.resources().executor),
+      rows_(setup.tokens_per_rank * setup.hidden),
+      codes_(setup.tokens_per_rank, setup.hidden),
+      remote_codes_(setup.tokens_per_rank, setup.hidden),
+      out_(setup.tokens_per_rank * setup.hidden) {
+  const comm::RankId self = world.transport().rank();
+  for (int layer = 0; layer < setup.num_layers; ++layer) {
+    AddPlan(PlanOf(placement, setup, layer, self));
+  }
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const uint64_t bits = base::RandomBits(base::Index(self), i) >> 40;
+    rows_[i] = static_cast<float>(bits) / static_cast<float>(1 << 23) - 1.0f;
+  }
+  const auto quantize = [&](kernels::QuantizedBuffer& out) {
+    world.resources().kernels->quantize({.x = rows_.data(),
+                                         .out = out.rows(setup.tokens_per_rank),
+                                         .x_stride = setup.hidden,
+                                         .bits = exchange_.options().act_bits},
+                                        *world.resources().executor);
+  };
+  quantize(codes_);
+  if (wire.dispatch == RowFormat::kBf16) {
+    std::vector<uint8_t> bytes(rows_.size() * 2);
+    comm::EncodeBf16(rows_.data(), rows_.size(), bytes.data());
+    comm::DecodeBf16(bytes.data(), rows_.size(), rows_.data());
+  }
+  quantize(remote_codes_);
+}
+
+// `plan` sends a token once to every rank.
+void ExchangeCase::AddPlan(DispatchPlan plan) {
+  const int self = base::Index(world_.transport().rank());
+  const auto at_home = std::span(plan.rows).subspan(
+      plan.rank_begin[self], plan.rank_begin[self + 1] - plan.rank_begin[self]);
+  run_.remote_visits += plan.rows.size() - at_home.size();
+  run_.remote_routes += plan.routes.size();
+  for (const DispatchPlan::Row& row : at_home) run_.remote_routes -= row.num_routes;
+  if (wire_.rows == RowSet::kOncePerExpert) plan = OneRowPerExpert(plan);
+  if (wire_.rows == RowSet::kToAllRanks) {
+    plan = AllRowsToAllRanks(plan, static_cast<int32_t>(setup_.tokens_per_rank));
+  }
+  plans_.push_back(std::move(plan));
+}
+
+void ExchangeCase::RunExperts(const comm::ReceivedRows& received) {
+  const int64_t hidden = setup_.hidden;
+  const size_t count = wire_.presum ? received.rows.size() : received.routes.size();
+  if (outputs_.size() < count * hidden) outputs_ = base::Array<float>(count * hidden);
+  for (size_t i = 0; i < received.rows.size(); ++i) {
+    const comm::ReceivedRow& row = received.rows[i];
+    const auto routes = std::span(received.routes).subspan(row.first_route, row.num_routes);
+    if (wire_.presum) {
+      Scale(row.codes, row.scale * FactorOf(routes), hidden, &outputs_[i * hidden]);
+      continue;
+    }
+    for (int32_t j = 0; j < row.num_routes; ++j) {
+      Scale(row.codes, row.scale * FactorOf(routes[j].expert), hidden,
+            &outputs_[(row.first_route + j) * hidden]);
+    }
+  }
+}
+
+absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run) {
+  const Clock::time_point start = Clock::now();
+  TERNION_RETURN_IF_ERROR(exchange_.DispatchSend(
+      step_++, layer, plans_[layer], codes_.rows(setup_.tokens_per_rank), rows_.data()));
+  TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, exchange_.DispatchRecv());
+  if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
+  if (received != nullptr && fresh_outputs) RunExperts(*received);
+  const Clock::time_point combine_start = Clock::now();
+  if (received != nullptr) {
+    TERNION_RETURN_IF_ERROR(exchange_.CombineSend(outputs_.data()));
+    TERNION_RETURN_IF_ERROR(exchange_.DispatchRecv().status());
+  }
+  TERNION_RETURN_IF_ERROR(exchange_.CombineRecv(out_.data()));
+  if (run != nullptr) run->combine_us.push_back(MicrosecondsSince(combine_start));
+  return absl::OkStatus();
+}
+
+// The sums of own rows, rank by rank (or, without pre-sum, expert by expert) and by themselves.
+std::vector<float> ExchangeCase::Expected(int layer) {
+  const int64_t hidden = setup_.hidden;
+  const DispatchPlan& plan = plans_[layer];
+  const int self = base::Index(world_.transport().rank());
+  const auto own = codes_.rows(setup_.tokens_per_rank);
+  const auto remote = remote_codes_.rows(setup_.tokens_per_rank);
+  std::vector<float> out(out_.size());
+  std::vector<float> term(hidden);
+  std::vector<uint8_t> wire(comm::CombineRowBytes(wire_.combine, hidden));
+  struct Summand {
+    int32_t order, rank;
+    const DispatchPlan::Row* row;
+    std::span<const comm::Route> routes;
+  };
+  std::vector<Summand> summands;
+  for (int rank = 0; rank + 1 < static_cast<int>(plan.rank_begin.size()); ++rank) {
+    for (int32_t i = plan.rank_begin[rank]; i < plan.rank_begin[rank + 1]; ++i) {
+      const DispatchPlan::Row& row = plan.rows[i];
+      const auto routes = std::span(plan.routes).subspan(row.first_route, row.num_routes);
+      if (wire_.presum) summands.push_back({rank, rank, &row, routes});
+      for (int32_t j = 0; j < row.num_routes && !wire_.presum; ++j) {
+        summands.push_back({base::Index(routes[j].expert), rank, &row, routes.subspan(j, 1)});
+      }
+    }
+  }
+  std::stable_sort(summands.begin(), summands.end(),
+                   [](const Summand& a, const Summand& b) { return a.order < b.order; });
+  for (const Summand& summand : summands) {
+    const bool at_home = summand.rank == self;
+    const kernels::QuantizedRows& codes = at_home ? own : remote;
+    const int64_t source = summand.row->source;
+    const float factor =
+        wire_.presum ? FactorOf(summand.routes) : FactorOf(summand.routes[0].expert);
+    Scale(codes.codes + source * codes.stride, codes.scales[source] * factor, hidden, term.data());
+    if (!at_home) {
+      comm::EncodeCombineRow(wire_.combine, term.data(), hidden, wire.data());
+      comm::DecodeCombineRow(wire_.combine, wire.data(), hidden, term.data());
+    }
+    const float weight = wire_.presum ? 1.0f : summand.routes[0].weight;
+    float* const sum = &out[source * hidden];
+    for (int64_t i = 0; i < hidden; ++i) sum[i] += weight * term[i];
+  }
+  return out;
+}
+
+absl::StatusOr<bool> ExchangeCase::Verify(uint64_t* hash) {
+  bool equal = true;
+  for (int layer = 0; layer < setup_.num_layers; ++layer) {
+    std::fill_n(out_.data(), out_.size(), 0.0f);
+    TERNION_RETURN_IF_ERROR(Exchange(layer, /*fresh_outputs=*/true, nullptr));
+    const std::vector<float> expected = Expected(layer);
+    equal = equal && std::equal(expected.begin(), expected.end(), out_.data());
+    *hash = XXH3_64bits_withSeed(out_.data(), out_.size() * sizeof(float), *hash);
+  }
+  return equal;
+}
+
+// As many exchanges as fit into `seconds`, by what a few of them take on rank 0; they warm up, too.
+absl::StatusOr<int> ExchangeCase::ChooseIterations(double seconds) {
+  constexpr int kTrials = 4;
+  const Clock::time_point start = Clock::now();
+  for (int i = 0; i < kTrials; ++i) {
+    TERNION_RETURN_IF_ERROR(Exchange(i % setup_.num_layers, /*fresh_outputs=*/false, nullptr));
+  }
+  const double each = MicrosecondsSince(start) * 1e-6 / kTrials;
+  const int wanted =
+      static_cast<int>(std::clamp(seconds / each, double{kMinIterations}, double{kMaxIterations}));
+  // Whole rounds over the layers, so that bytes per layer are those of the trace.
+  const int rounds = static_cast<int>(base::CeilDiv(wanted, setup_.num_layers));
+  TERNION_ASSIGN_OR_RETURN(const std::string chosen,
+                           comm::Broadcast(world_.transport(), absl::StrCat(rounds)));
+  return std::atoi(chosen.c_str()) * setup_.num_layers;
+}
+
+absl::Status ExchangeCase::Time(int iterations, CaseRun* run) {
+  comm::Transport& transport = world_.transport();
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, absl::OkStatus()));  // start together
+  transport.traffic().Reset();
+  const NicCount before = CountNic(setup_.interfaces);
+  for (int i = 0; i < iterations; ++i) {
+    TERNION_RETURN_IF_ERROR(Exchange(i % setup_.num_layers, /*fresh_outputs=*/false, run));
+  }
+  TERNION_RETURN_IF_ERROR(transport.Flush());
+  run->traffic = transport.traffic();
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, absl::OkStatus()));  // all has arrived
+  const NicCount after = CountNic(setup_.interfaces);
+  run->nic = {after.sent_bytes - before.sent_bytes, after.received_bytes - before.received_bytes};
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CaseRun> ExchangeCase::Run(double seconds) {
+  CaseRun run = run_;
+  TERNION_ASSIGN_OR_RETURN(const bool before, Verify(&run.output_hash));
+  TERNION_ASSIGN_OR_RETURN(const int iterations, ChooseIterations(seconds));
+  TERNION_RETURN_IF_ERROR(Time(iterations, &run));
+  uint64_t hash_after = 0;
+  TERNION_ASSIGN_OR_RETURN(const bool after, Verify(&hash_after));
+  run.verified = before && after && run.output_hash == hash_after;
+  return run;
+}
+
+}  // namespace ternion::launcher

@@ -1,0 +1,95 @@
+// One line of `bench exchange`: a way of exchanging rows, run and checked on a routing trace.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/exchange.h"
+#include "experts/placement.h"
+#include "experts/routing.h"
+#include "experts/trace.h"
+#include "launcher/nic.h"
+#include "launcher/world.h"
+
+namespace ternion::launcher {
+
+// Which rows travel.
+enum class RowSet {
+  kOncePerRank,    // a token goes once to every rank that has an expert of it (dedup)
+  kOncePerExpert,  // ... once for every expert
+  kToAllRanks,     // ... to all ranks: allgather, and a sum over all of them on the way back
+};
+
+struct WireCase {
+  comm::RowFormat dispatch = comm::RowFormat::kBf16;
+  comm::RowFormat combine = comm::RowFormat::kBf16;
+  RowSet rows = RowSet::kOncePerRank;
+  bool presum = true;
+  std::string placement = "contiguous";
+
+  std::string Name() const;  // "int4/int4, no dedup"
+};
+
+// What all cases of one report share. Outlives them.
+struct ExchangeSetup {
+  int64_t hidden = 0;
+  int64_t tokens_per_rank = 0;
+  const experts::RoutingTrace* trace = nullptr;
+  int num_layers = 0;  // of the trace, used in turn
+  std::vector<std::string>
+      interfaces;  // whose bytes this rank counts: its node's, on one rank each
+};
+
+// What one rank saw of a case. Times by iteration, in microseconds; bytes over all iterations.
+struct CaseRun {
+  bool verified = false;     // before and after the timing
+  uint64_t output_hash = 0;  // of the verified rows
+  std::vector<double> dispatch_us;
+  std::vector<double> combine_us;
+  // Of one round over the layers: (token, rank) and (token, expert) pairs on other ranks.
+  int64_t remote_visits = 0;
+  int64_t remote_routes = 0;
+  comm::TrafficMeter traffic;
+  NicCount nic;
+};
+
+// A case on this rank.
+class ExchangeCase {
+ public:
+  ExchangeCase(const WireCase& wire, const experts::Placement& placement,
+               const ExchangeSetup& setup, World& world);
+
+  // Collective. Exchanges every layer and compares all sums with those of a serial computation,
+  // times exchanges, one layer each, for about `seconds` (at least kMinIterations, at most
+  // kMaxIterations of them), and compares once more. Errors of the exchange.
+  static constexpr int kMinIterations = 12;
+  static constexpr int kMaxIterations = 1000;
+  absl::StatusOr<CaseRun> Run(double seconds);
+
+ private:
+  absl::StatusOr<bool> Verify(uint64_t* hash);
+  absl::StatusOr<int> ChooseIterations(double seconds);
+  void AddPlan(comm::DispatchPlan plan);
+  absl::Status Time(int iterations, CaseRun* run);
+  absl::Status Exchange(int layer, bool fresh_outputs, CaseRun* run);
+  void RunExperts(const comm::ReceivedRows& received);
+  std::vector<float> Expected(int layer);
+
+  const WireCase wire_;
+  const ExchangeSetup& setup_;
+  World& world_;
+  comm::Exchange exchange_;
+  std::vector<comm::DispatchPlan> plans_;  // [layer]
+  base::Array<float> rows_;                // [tokens, hidden] as if normed
+  kernels::QuantizedBuffer codes_;         // the same, quantized
+  kernels::QuantizedBuffer remote_codes_;  // as other ranks see them: bf16 dispatch rounds first
+  base::Array<float> out_;                 // [tokens, hidden]
+  base::Array<float> outputs_;             // of the experts, for received rows
+  CaseRun run_;
+  uint32_t step_ = 0;
+};
+
+}  // namespace ternion::launcher
