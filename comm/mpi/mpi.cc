@@ -12,9 +12,11 @@
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #include "base/logging.h"
 #include "base/status.h"
+#include "comm/mpi/lifeline.h"
 
 namespace ternion::comm {
 namespace {
@@ -23,6 +25,11 @@ using Clock = std::chrono::steady_clock;
 
 // The tag of a message is its phase; this one says that the sender has left and sends nothing more.
 constexpr int kLeaveTag = kNumPhases;
+
+// mpirun ends a job that has lost a host, and the ranks of it that are left, 6 to 8 seconds after
+// the loss (cluster/openmpi.sh); the lifelines know after 3 to 4. An MPI_Abort in between would
+// have it wait for the lost host's daemon, for many minutes.
+constexpr std::chrono::seconds kLossGrace{7};
 
 // `call`: the MPI function that returned `code`; `peer`: whom it concerned, or -1.
 absl::Status FromMpi(int code, const char* call, int peer = -1) {
@@ -91,6 +98,8 @@ class MpiTransport : public Transport {
   MpiTransport() : Transport(std::make_shared<MessagePool>()) {}
   absl::Status Connect();
   absl::Status FindNodes();
+  absl::Status ConnectLifelines();
+  absl::Status Idle(Backoff& backoff);
   absl::Status ReclaimSent();
   bool IsReceiving(const Awaited& what) const;
   absl::Status StartReceive(const Awaited& what);
@@ -104,6 +113,7 @@ class MpiTransport : public Transport {
   std::vector<bool> left_;          // [size] ranks that are known to have left
   std::vector<Outgoing> outgoing_;  // whose bytes have not left yet
   std::vector<Incoming> incoming_;  // begun and not handed out yet; one per (rank, phase)
+  Lifelines lifelines_;
 };
 
 absl::StatusOr<std::unique_ptr<Transport>> MpiTransport::Create() {
@@ -128,7 +138,8 @@ absl::Status MpiTransport::Connect() {
   TERNION_RETURN_IF_ERROR(
       FromMpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler"));
   TERNION_RETURN_IF_ERROR(FromMpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank"));
-  return FindNodes();
+  TERNION_RETURN_IF_ERROR(FindNodes());
+  return ConnectLifelines();
 }
 
 // A node is named by its lowest rank.
@@ -146,6 +157,22 @@ absl::Status MpiTransport::FindNodes() {
   TERNION_RETURN_IF_ERROR(FromMpi(
       MPI_Allgather(&leader, 1, MPI_INT, node_of_.data(), 1, MPI_INT, comm_), "MPI_Allgather"));
   return FromMpi(MPI_Comm_free(&node), "MPI_Comm_free");
+}
+
+absl::Status MpiTransport::ConnectLifelines() {
+  const auto all_gather = [&](const void* mine, size_t bytes, void* all) {
+    const int count = static_cast<int>(bytes);
+    return FromMpi(MPI_Allgather(mine, count, MPI_BYTE, all, count, MPI_BYTE, comm_),
+                   "MPI_Allgather");
+  };
+  TERNION_ASSIGN_OR_RETURN(lifelines_, Lifelines::Connect(rank_, node_of_, all_gather));
+  return absl::OkStatus();
+}
+
+// Between two polls. A rank that is lost is an error to all, also to those that do not wait for it:
+// a step is collective.
+absl::Status MpiTransport::Idle(Backoff& backoff) {
+  return backoff.Wait() ? lifelines_.Check() : absl::OkStatus();
 }
 
 absl::Status MpiTransport::Send(RankId to, Phase phase, Message message) {
@@ -182,7 +209,7 @@ absl::Status MpiTransport::Flush() {
   while (true) {
     TERNION_RETURN_IF_ERROR(ReclaimSent());
     if (outgoing_.empty()) return absl::OkStatus();
-    backoff.Wait();
+    TERNION_RETURN_IF_ERROR(Idle(backoff));
   }
 }
 
@@ -192,7 +219,9 @@ absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) 
   while (true) {
     TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival, TryReceive(awaited));
     if (arrival) return *std::move(arrival);
-    if (backoff.Wait()) TERNION_RETURN_IF_ERROR(NoteLeavers(awaited));
+    if (!backoff.Wait()) continue;
+    TERNION_RETURN_IF_ERROR(NoteLeavers(awaited));
+    TERNION_RETURN_IF_ERROR(lifelines_.Check());
   }
 }
 
@@ -255,6 +284,7 @@ absl::Status MpiTransport::NoteLeavers(std::span<const Awaited> awaited) {
 MpiTransport::~MpiTransport() {
   if (const absl::Status status = Leave(); !status.ok()) {
     spdlog::error("leaving the MPI job: {}", std::string(status.message()));
+    Abort(status);  // MPI_Finalize would wait for all ranks
   }
   MPI_Finalize();
 }
@@ -263,9 +293,14 @@ MpiTransport::~MpiTransport() {
 // leave too: neither side is stuck with a message that the other never reads.
 absl::Status MpiTransport::Leave() {
   if (comm_ == MPI_COMM_NULL) return absl::OkStatus();
+  lifelines_.SayGoodbye();
+  Backoff backoff;
   for (Incoming& incoming : incoming_) {
-    TERNION_RETURN_IF_ERROR(
-        FromMpi(MPI_Wait(&incoming.request, MPI_STATUS_IGNORE), "MPI_Wait of a receive"));
+    while (true) {
+      TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming.request));
+      if (done) break;
+      TERNION_RETURN_IF_ERROR(Idle(backoff));
+    }
   }
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_) continue;
@@ -274,11 +309,11 @@ absl::Status MpiTransport::Leave() {
         MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, &leave.request), "MPI_Isend"));
     outgoing_.push_back(std::move(leave));
   }
-  Backoff backoff;
-  for (int staying = size() - 1; staying > 0 || !outgoing_.empty(); backoff.Wait()) {
+  for (int staying = size() - 1; staying > 0 || !outgoing_.empty();) {
     TERNION_RETURN_IF_ERROR(ReclaimSent());
     TERNION_ASSIGN_OR_RETURN(const bool somebody_left, DropOneMessage());
     if (somebody_left) --staying;
+    TERNION_RETURN_IF_ERROR(Idle(backoff));
   }
   return FromMpi(MPI_Comm_free(&comm_), "MPI_Comm_free");
 }
@@ -300,9 +335,12 @@ absl::StatusOr<bool> MpiTransport::DropOneMessage() {
   return status.MPI_TAG == kLeaveTag;
 }
 
-// mpirun ends the other ranks; why, the caller has said.
+// mpirun ends the other ranks; why, the caller has said. Of a lost rank the others learn by
+// themselves.
 void MpiTransport::Abort(const absl::Status&) {
   std::fflush(nullptr);
+  lifelines_.SayGoodbye();
+  if (!lifelines_.Check().ok()) std::this_thread::sleep_for(kLossGrace);
   MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
