@@ -1,6 +1,7 @@
 #include "comm/collective.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "absl/strings/cord.h"
@@ -32,6 +33,14 @@ absl::Status SendBytes(Transport& transport, RankId to, const std::string& bytes
                            .message_bytes = static_cast<int64_t>(message.size_bytes),
                            .messages = 1});
   return transport.Send(to, Phase::kControl, std::move(message));
+}
+
+absl::StatusOr<Arrival> AwaitControl(Transport& transport, std::span<const RankId> from) {
+  const auto start = std::chrono::steady_clock::now();
+  absl::StatusOr<Arrival> arrival = transport.Receive(from, Phase::kControl);
+  transport.traffic().AddWait(
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  return arrival;
 }
 
 // The bytes that the arrival carries; its buffer goes back to the pool.
@@ -77,7 +86,7 @@ absl::Status DecodeStatus(const std::string& bytes) {
 
 absl::StatusOr<std::string> Broadcast(Transport& transport, const std::string& bytes) {
   if (transport.rank() != kRoot) {
-    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive({&kRoot, 1}, Phase::kControl));
+    TERNION_ASSIGN_OR_RETURN(Arrival arrival, AwaitControl(transport, {&kRoot, 1}));
     return OpenArrival(transport, std::move(arrival));
   }
   for (RankId to : OtherRanks(transport)) {
@@ -97,7 +106,7 @@ absl::StatusOr<std::vector<std::string>> Gather(Transport& transport, const std:
   gathered[0] = bytes;
   std::vector<RankId> waiting = OtherRanks(transport);
   while (!waiting.empty()) {
-    TERNION_ASSIGN_OR_RETURN(Arrival arrival, transport.Receive(waiting, Phase::kControl));
+    TERNION_ASSIGN_OR_RETURN(Arrival arrival, AwaitControl(transport, waiting));
     const RankId from = arrival.what.from;
     std::erase(waiting, from);
     TERNION_ASSIGN_OR_RETURN(gathered[base::Index(from)],

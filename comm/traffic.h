@@ -42,7 +42,7 @@ class TrafficMeter {
   // the last of the peers' was there.
   void AddWire(Phase phase, double seconds) { wire_seconds_[static_cast<int>(phase)] += seconds; }
   double wire_seconds(Phase phase) const { return wire_seconds_[static_cast<int>(phase)]; }
-  // Seconds of that in which this rank had nothing else to do.
+  // Seconds in which this rank had nothing to do but wait for messages, control among them.
   void AddWait(double seconds) { wait_seconds_ += seconds; }
   double wait_seconds() const { return wait_seconds_; }
 

@@ -22,7 +22,7 @@ Json CountJson(const TrafficCount& count) {
           {"rows", count.rows}};
 }
 
-// Wire bytes of one phase at the top, each scope below.
+// What went over the wire in one phase at the top, by where it went below; and what came.
 Json PhaseJson(const comm::Transport& transport, Phase phase) {
   const auto sent = [&](TrafficScope scope) {
     return CountJson(transport.Traffic(comm::Direction::kSent, phase, scope));
@@ -31,6 +31,7 @@ Json PhaseJson(const comm::Transport& transport, Phase phase) {
   json["self"] = sent(TrafficScope::kSelf);
   json["intra_node"] = sent(TrafficScope::kIntraNode);
   json["inter_node"] = sent(TrafficScope::kInterNode);
+  json["received"] = CountJson(transport.WireTraffic(comm::Direction::kReceived, phase));
   return json;
 }
 
@@ -65,6 +66,10 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
                     {"weight_bytes", loaded.engine->model().weight_bytes()},
                     {"kv_tokens", loaded.engine->kv_tokens()},
                     {"load_seconds", loaded.load_seconds},
+                    {"wait_seconds", transport.traffic().wait_seconds()},
+                    {"wire_seconds",
+                     {{"dispatch", transport.traffic().wire_seconds(Phase::kDispatch)},
+                      {"combine", transport.traffic().wire_seconds(Phase::kCombine)}}},
                     {"traffic",
                      {{"dispatch", PhaseJson(transport, Phase::kDispatch)},
                       {"combine", PhaseJson(transport, Phase::kCombine)}}}};
@@ -77,12 +82,14 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
     AddNumbers(rank["traffic"], report.traffic);
     report.per_rank.push_back(std::move(rank));
   }
-  for (const char* phase : {"dispatch", "combine"}) {
-    if (report.traffic.contains(phase)) {
-      report.wire_message_bytes += report.traffic[phase]["message_bytes"].get<int64_t>();
-    }
-  }
   return report;
+}
+
+PhaseBytes PhaseBytesOf(const WorldReport& report, const char* phase, int64_t hidden) {
+  const Json& traffic = report.traffic[phase];
+  const double message = traffic["message_bytes"], payload = traffic["payload_bytes"];
+  const double rows = traffic["rows"];
+  return {message, message - payload + rows * 2 * static_cast<double>(hidden)};
 }
 
 const char* BuildCommit() { return TERNION_COMMIT; }

@@ -16,10 +16,18 @@ using Json = nlohmann::ordered_json;
 
 // What ranks tell rank 0 at the end of a command.
 struct WorldReport {
-  Json per_rank = Json::array();   // one object per rank
-  Json traffic = Json::object();   // dispatch, combine: bytes over all ranks, without self traffic
-  int64_t wire_message_bytes = 0;  // dispatch and combine, all ranks
+  Json per_rank = Json::array();  // one object per rank
+  Json traffic = Json::object();  // dispatch, combine: bytes over all ranks, without self traffic
 };
+
+// Message bytes of one phase on the wire, of all ranks (what one sends another receives), and what
+// they would be if the same rows travelled at bf16.
+struct PhaseBytes {
+  double sent = 0;
+  double at_bf16 = 0;
+};
+// `phase`: "dispatch" or "combine"; rows have `hidden` elements.
+PhaseBytes PhaseBytesOf(const WorldReport& report, const char* phase, int64_t hidden);
 
 // Collective; the report is filled on rank 0.
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);

@@ -23,24 +23,49 @@ using runtime::SequenceEvent;
 using runtime::SequenceId;
 using runtime::StepReport;
 
-// Tokens and the seconds they took, for prefill and for decode.
+// Where the time of some steps went, on rank 0, in seconds.
+struct StepTimes {
+  double total = 0;
+  double wait = 0;  // for messages, with nothing else to do
+  double wire = 0;  // rows were under way
+  int64_t steps = 0;
+
+  StepTimes& operator+=(const StepTimes& other) {
+    total += other.total;
+    wait += other.wait;
+    wire += other.wire;
+    steps += other.steps;
+    return *this;
+  }
+  // Milliseconds per step.
+  Json ToJson() const {
+    const double scale = steps > 0 ? 1e3 / static_cast<double>(steps) : 0;
+    return {{"steps", steps},
+            {"step_ms", total * scale},
+            {"compute_ms", (total - wait) * scale},
+            {"wire_ms", wire * scale},
+            {"wait_ms", wait * scale}};
+  }
+};
+
+// Tokens and the time they took, for prefill and for decode.
 struct Throughput {
   int64_t prompt_tokens = 0;
   int64_t generated_tokens = 0;  // in steps without prompt tokens
-  double prefill_seconds = 0;    // of steps with prompt tokens
-  double decode_seconds = 0;
+  StepTimes prefill;             // steps with prompt tokens
+  StepTimes decode;
 
-  void Add(const StepReport& step, double seconds) {
+  void Add(const StepReport& step, const StepTimes& times) {
     prompt_tokens += step.prompt_tokens;
     if (step.prompt_tokens > 0) {
-      prefill_seconds += seconds;
+      prefill += times;
     } else {
       generated_tokens += step.generated_tokens;
-      decode_seconds += seconds;
+      decode += times;
     }
   }
-  double prefill_rate() const { return prefill_seconds > 0 ? prompt_tokens / prefill_seconds : 0; }
-  double decode_rate() const { return decode_seconds > 0 ? generated_tokens / decode_seconds : 0; }
+  double prefill_rate() const { return prefill.total > 0 ? prompt_tokens / prefill.total : 0; }
+  double decode_rate() const { return decode.total > 0 ? generated_tokens / decode.total : 0; }
 };
 
 // One prompt and what has come of it.
@@ -52,6 +77,10 @@ struct Generation {
   uint64_t logits_hash = 0;
   runtime::Utf8Stream utf8;
 };
+
+double WireSeconds(const comm::TrafficMeter& meter) {
+  return meter.wire_seconds(comm::Phase::kDispatch) + meter.wire_seconds(comm::Phase::kCombine);
+}
 
 // Rank 0's side of `run`: feeds the engine and prints.
 class Session {
@@ -68,6 +97,8 @@ class Session {
   void Take(const SequenceEvent& event);
   void PrintFinished();
   uint64_t LogitsHash() const;
+  Json BytesPerToken(const WorldReport& report) const;
+  std::string WireLine(const WorldReport& report) const;
   Json ToJson(const WorldReport& report, int ranks) const;
 
   const RunOptions& options_;
@@ -134,9 +165,13 @@ absl::Status Session::RunToEnd() {
     std::fflush(stdout);
   }
   while (!loaded_.engine->idle()) {
+    const comm::TrafficMeter& meter = loaded_.engine->traffic();
+    const double wait_before = meter.wait_seconds(), wire_before = WireSeconds(meter);
     const Clock::time_point start = Clock::now();
     TERNION_ASSIGN_OR_RETURN(const StepReport step, loaded_.engine->Step());
-    throughput_.Add(step, std::chrono::duration<double>(Clock::now() - start).count());
+    throughput_.Add(step,
+                    {std::chrono::duration<double>(Clock::now() - start).count(),
+                     meter.wait_seconds() - wait_before, WireSeconds(meter) - wire_before, 1});
     for (const SequenceEvent& event : step.events) Take(event);
     PrintFinished();
   }
@@ -184,6 +219,9 @@ Json Session::ToJson(const WorldReport& report, int ranks) const {
           {"prompts", std::move(prompts)},
           {"prefill_tok_s", throughput_.prefill_rate()},
           {"decode_tok_s", throughput_.decode_rate()},
+          {"prefill_time", throughput_.prefill.ToJson()},
+          {"decode_time", throughput_.decode.ToJson()},
+          {"bytes_per_token", BytesPerToken(report)},
           {"load_seconds", loaded_.load_seconds},
           {"logits_hash", absl::StrFormat("%016x", LogitsHash())},
           {"wire", WireJson(loaded_.engine->wire())},
@@ -192,20 +230,53 @@ Json Session::ToJson(const WorldReport& report, int ranks) const {
           {"per_rank", report.per_rank}};
 }
 
-absl::Status Session::Finish(const WorldReport& report, int ranks) const {
-  int64_t tokens = throughput_.prompt_tokens;
+// Message bytes that went over the wire for each token that was run, all ranks together.
+Json Session::BytesPerToken(const WorldReport& report) const {
+  double tokens = static_cast<double>(throughput_.prompt_tokens);
   for (const Generation& generation : generations_) {
-    tokens += static_cast<int64_t>(generation.token_ids.size());
+    tokens += static_cast<double>(generation.token_ids.size());
   }
+  Json json = Json::object();
+  PhaseBytes sum;
+  double received = 0;
+  for (const char* phase : {"dispatch", "combine"}) {
+    const PhaseBytes bytes = PhaseBytesOf(report, phase, loaded_.engine->config().hidden);
+    const double came = report.traffic[phase]["received"]["message_bytes"];
+    json[phase] = {{"sent", bytes.sent / tokens},
+                   {"received", came / tokens},
+                   {"at_bf16", bytes.at_bf16 / tokens}};
+    sum.sent += bytes.sent;
+    sum.at_bf16 += bytes.at_bf16;
+    received += came;
+  }
+  json["sent"] = sum.sent / tokens;
+  json["received"] = received / tokens;
+  json["at_bf16"] = sum.at_bf16 / tokens;
+  json["times_fewer_than_bf16"] = sum.sent > 0 ? Json(sum.at_bf16 / sum.sent) : Json();
+  return json;
+}
+
+// "dispatch int8 1.5 kB + combine bf16 4.4 kB per token (bf16 both ways: 8.9 kB, 1.5x as much)"
+std::string Session::WireLine(const WorldReport& report) const {
   const runtime::WireOptions& wire = loaded_.engine->wire();
   const std::string combine = wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));
+  const Json bytes = BytesPerToken(report);
+  const auto human = [](const Json& value) { return HumanBytes(value.get<double>()); };
+  std::string line = absl::StrFormat(
+      "dispatch %s %s + combine %s %s", std::string(comm::RowFormatName(*wire.dispatch)),
+      human(bytes["dispatch"]["sent"]), combine, human(bytes["combine"]["sent"]));
+  if (bytes["times_fewer_than_bf16"].is_null()) return line;
+  return absl::StrCat(
+      line, absl::StrFormat(" sent and received per token (bf16 both ways: %s, %.2fx)",
+                            human(bytes["at_bf16"]), bytes["times_fewer_than_bf16"].get<double>()));
+}
+
+absl::Status Session::Finish(const WorldReport& report, int ranks) const {
   // The empty line keeps it apart from the text, which mpirun may forward later.
   std::fprintf(stderr,
-               "\n%d rank%s: prefill %.0f tok/s, decode %.1f tok/s, %s sent per token "
-               "(dispatch %s, combine %s; KV %s), loaded in %.2f s\n",
+               "\n%d rank%s: prefill %.0f tok/s, decode %.1f tok/s; %s; KV %s; loaded in %.2f s\n",
                ranks, ranks == 1 ? "" : "s", throughput_.prefill_rate(), throughput_.decode_rate(),
-               HumanBytes(tokens > 0 ? double(report.wire_message_bytes) / tokens : 0).c_str(),
-               std::string(comm::RowFormatName(*wire.dispatch)).c_str(), combine.c_str(),
+               ranks == 1 ? "nothing sent" : WireLine(report).c_str(),
                kernels::KvFormatName(loaded_.engine->kv_format()), loaded_.load_seconds);
   return options_.json.empty() ? absl::OkStatus() : WriteJson(options_.json, ToJson(report, ranks));
 }

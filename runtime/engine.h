@@ -78,6 +78,8 @@ class Engine {
   const Model& model() const { return *model_; }
   const WireOptions& wire() const { return wire_; }  // dispatch is set
   kernels::KvFormat kv_format() const { return kv_format_; }
+  // What this rank's messages came to since the engine was made or reconfigured.
+  const comm::TrafficMeter& traffic() const { return resources_.transport->traffic(); }
   int num_ranks() const { return resources_.transport->size(); }
   int64_t kv_tokens() const { return kv_cache_->num_pages() * kernels::kPageTokens; }
 
