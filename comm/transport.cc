@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
 
 namespace ternion::comm {
 namespace {
@@ -34,6 +38,34 @@ absl::StatusOr<Arrival> Transport::Receive(std::span<const RankId> from, Phase p
   std::vector<Awaited> awaited;
   for (RankId rank : from) awaited.push_back({rank, phase});
   return Receive(awaited);
+}
+
+absl::StatusOr<std::vector<Message>> Transport::AllToAllV(std::vector<Message> to_ranks) {
+  for (int rank = 0; rank < size(); ++rank) {
+    if (RankId{rank} == this->rank()) continue;
+    Message count = Acquire(sizeof(uint64_t));
+    const uint64_t bytes = to_ranks[rank].size_bytes;
+    std::memcpy(count.bytes().data(), &bytes, sizeof(bytes));
+    TERNION_RETURN_IF_ERROR(Send(RankId{rank}, Phase::kControl, std::move(count)));
+    if (bytes == 0) continue;
+    TERNION_RETURN_IF_ERROR(Send(RankId{rank}, Phase::kControl, std::move(to_ranks[rank])));
+  }
+  std::vector<Message> from_ranks(size());
+  for (int rank = 0; rank < size(); ++rank) {
+    const RankId from{rank};
+    if (from == this->rank()) continue;
+    TERNION_ASSIGN_OR_RETURN(Arrival count, Receive({&from, 1}, Phase::kControl));
+    uint64_t bytes = 0;
+    if (count.message.size_bytes != sizeof(bytes)) {
+      return absl::InvalidArgumentError(absl::StrCat("rank ", rank, " sent a broken size"));
+    }
+    std::memcpy(&bytes, count.message.bytes().data(), sizeof(bytes));
+    Recycle(std::move(count.message));
+    if (bytes == 0) continue;
+    TERNION_ASSIGN_OR_RETURN(Arrival arrival, Receive({&from, 1}, Phase::kControl));
+    from_ranks[rank] = std::move(arrival.message);
+  }
+  return from_ranks;
 }
 
 TrafficScope Transport::ScopeOf(RankId peer) const {

@@ -89,6 +89,10 @@ class Transport {
   // Receive for one phase; for control traffic, since it allocates.
   absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase);
 
+  // Collective: to_ranks[r] goes to rank r, and what rank r sent here is element r of the result;
+  // no bytes where there is nothing. Sizes travel first, since no rank knows what it will get.
+  virtual absl::StatusOr<std::vector<Message>> AllToAllV(std::vector<Message> to_ranks);
+
   // Tells the peers that this rank gives up because of `status`: their waits end with an error.
   // Called once, at the end of a rank that failed, which has reported `status` itself. Over MPI it
   // ends the whole job and does not return.

@@ -78,7 +78,11 @@ std::vector<WireCase> Cases(bool several_ranks) {
   cases.push_back({int4, int4, RowSet::kOncePerRank, true, "balanced"});
   cases.push_back({int4, int4, RowSet::kOncePerRank, true, "local"});
   cases.push_back({bf16, bf16, RowSet::kOncePerExpert});
-  if (several_ranks) cases.push_back({bf16, bf16, RowSet::kToAllRanks});
+  if (several_ranks) {
+    cases.push_back({bf16, bf16, RowSet::kToAllRanks});
+    cases.push_back({int4, int4});
+    cases.back().all_to_all = true;
+  }
   return cases;
 }
 
@@ -535,6 +539,7 @@ std::vector<Factor> Factors() {
       {"dedup", with(int4, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), int4},
       {"dedup, at bf16", with(bf16, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), bf16},
       {"local pre-sum", with(int4, [](auto& w) { w.presum = false; }), int4},
+      {"own messages, not alltoallv", with(int4, [](auto& w) { w.all_to_all = true; }), int4},
       {"placement balanced", int4, with(int4, [](auto& w) { w.placement = "balanced"; })},
       {"placement local", int4, with(int4, [](auto& w) { w.placement = "local"; })},
       {"precision and dedup", with(bf16, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), int4},
@@ -564,7 +569,7 @@ void Report::PrintFactors(const std::vector<CaseResult>& results) const {
       "time\n",
       tokens);
   for (const Json& factor : FactorsJson(results, tokens)) {
-    absl::PrintF("%-22s %6.2fx %6.2fx   %s -> %s\n", factor["what"].get<std::string>(),
+    absl::PrintF("%-28s %6.2fx %6.2fx   %s -> %s\n", factor["what"].get<std::string>(),
                  factor["bytes"].get<double>(), factor["time"].get<double>(),
                  factor["from"].get<std::string>(), factor["to"].get<std::string>());
   }

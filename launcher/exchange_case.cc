@@ -107,6 +107,7 @@ std::string WireCase::Name() const {
   if (rows == RowSet::kOncePerExpert) absl::StrAppend(&name, ", no dedup");
   if (rows == RowSet::kToAllRanks) absl::StrAppend(&name, ", allgather");
   if (!presum) absl::StrAppend(&name, ", no pre-sum");
+  if (all_to_all) absl::StrAppend(&name, ", alltoallv");
   if (placement != "contiguous") absl::StrAppend(&name, ", ", placement);
   return name;
 }
@@ -116,7 +117,9 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
     : wire_(wire),
       setup_(setup),
       world_(world),
-      exchange_(OptionsOf(wire, setup), &world.transport(), world.resources().kernels,
+      collective_(&world.transport()),
+      transport_(wire.all_to_all ? static_cast<comm::Transport&>(collective_) : world.transport()),
+      exchange_(OptionsOf(wire, setup), &transport_, world.resources().kernels,
                 world.resources().executor),
       rows_(setup.tokens_per_rank * setup.hidden),
       codes_(setup.tokens_per_rank, setup.hidden),
@@ -183,6 +186,7 @@ absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run)
   const Clock::time_point start = Clock::now();
   TERNION_RETURN_IF_ERROR(exchange_.DispatchSend(
       step_++, layer, plans_[layer], codes_.rows(setup_.tokens_per_rank), rows_.data()));
+  if (wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());
   TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, exchange_.DispatchRecv());
   if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
   if (received != nullptr && fresh_outputs) RunExperts(*received);
@@ -191,6 +195,7 @@ absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run)
     TERNION_RETURN_IF_ERROR(exchange_.CombineSend(outputs_.data()));
     TERNION_RETURN_IF_ERROR(exchange_.DispatchRecv().status());
   }
+  if (wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());
   TERNION_RETURN_IF_ERROR(exchange_.CombineRecv(out_.data()));
   if (run != nullptr) run->combine_us.push_back(MicrosecondsSince(combine_start));
   return absl::OkStatus();
@@ -272,16 +277,17 @@ absl::StatusOr<int> ExchangeCase::ChooseIterations(double seconds) {
 }
 
 absl::Status ExchangeCase::Time(int iterations, CaseRun* run) {
-  comm::Transport& transport = world_.transport();
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, absl::OkStatus()));  // start together
-  transport.traffic().Reset();
+  TERNION_RETURN_IF_ERROR(
+      comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));  // start together
+  transport_.traffic().Reset();
   const NicCount before = CountNic(setup_.interfaces);
   for (int i = 0; i < iterations; ++i) {
     TERNION_RETURN_IF_ERROR(Exchange(i % setup_.num_layers, /*fresh_outputs=*/false, run));
   }
-  TERNION_RETURN_IF_ERROR(transport.Flush());
-  run->traffic = transport.traffic();
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, absl::OkStatus()));  // all has arrived
+  if (!wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());
+  run->traffic = transport_.traffic();
+  TERNION_RETURN_IF_ERROR(
+      comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));  // all arrived
   const NicCount after = CountNic(setup_.interfaces);
   run->nic = {after.sent_bytes - before.sent_bytes, after.received_bytes - before.received_bytes};
   return absl::OkStatus();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "comm/all_to_all.h"
 #include "comm/exchange.h"
 #include "experts/placement.h"
 #include "experts/routing.h"
@@ -29,6 +30,7 @@ struct WireCase {
   RowSet rows = RowSet::kOncePerRank;
   bool presum = true;
   std::string placement = "contiguous";
+  bool all_to_all = false;  // all messages of a phase at once, by MPI_Alltoallv
 
   std::string Name() const;  // "int4/int4, no dedup"
 };
@@ -81,6 +83,8 @@ class ExchangeCase {
   const WireCase wire_;
   const ExchangeSetup& setup_;
   World& world_;
+  comm::AllToAllTransport collective_;  // used when the wire says so
+  comm::Transport& transport_;
   comm::Exchange exchange_;
   std::vector<comm::DispatchPlan> plans_;  // [layer]
   base::Array<float> rows_;                // [tokens, hidden] as if normed

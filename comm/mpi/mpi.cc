@@ -92,6 +92,7 @@ class MpiTransport : public Transport {
   absl::Status Flush() override;
   absl::StatusOr<Arrival> Receive(std::span<const Awaited> awaited) override;
   absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) override;
+  absl::StatusOr<std::vector<Message>> AllToAllV(std::vector<Message> to_ranks) override;
   void Abort(const absl::Status& status) override;
 
  private:
@@ -101,6 +102,7 @@ class MpiTransport : public Transport {
   absl::Status ConnectLifelines();
   absl::Status Idle(Backoff& backoff);
   absl::Status ReclaimSent();
+  absl::Status WaitFor(MPI_Request* request);
   bool IsReceiving(const Awaited& what) const;
   absl::Status StartReceive(const Awaited& what);
   absl::Status NoteLeavers(std::span<const Awaited> awaited);
@@ -213,6 +215,15 @@ absl::Status MpiTransport::Flush() {
   }
 }
 
+absl::Status MpiTransport::WaitFor(MPI_Request* request) {
+  Backoff backoff;
+  while (true) {
+    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(request));
+    if (done) return absl::OkStatus();
+    TERNION_RETURN_IF_ERROR(Idle(backoff));
+  }
+}
+
 absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) {
   TERNION_CHECK(!awaited.empty());
   Backoff backoff;
@@ -239,6 +250,45 @@ absl::StatusOr<std::optional<Arrival>> MpiTransport::TryReceive(std::span<const 
   }
   TERNION_RETURN_IF_ERROR(ReclaimSent());
   return std::optional<Arrival>();
+}
+
+// MPI_Alltoall of the sizes and MPI_Alltoallv of the bytes, which it wants in one buffer each.
+absl::StatusOr<std::vector<Message>> MpiTransport::AllToAllV(std::vector<Message> to_ranks) {
+  std::vector<int> out(size()), in(size()), out_begin(size() + 1), in_begin(size() + 1);
+  for (int rank = 0; rank < size(); ++rank) {
+    out[rank] = static_cast<int>(to_ranks[rank].size_bytes);
+    if (int64_t{out_begin[rank]} + out[rank] > INT_MAX) {
+      return absl::InvalidArgumentError("MPI_Alltoallv carries at most 2 GiB from a rank");
+    }
+    out_begin[rank + 1] = out_begin[rank] + out[rank];
+  }
+  MPI_Request request = MPI_REQUEST_NULL;
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Ialltoall(out.data(), 1, MPI_INT, in.data(), 1, MPI_INT, comm_, &request),
+              "MPI_Ialltoall"));
+  TERNION_RETURN_IF_ERROR(WaitFor(&request));
+  for (int rank = 0; rank < size(); ++rank) in_begin[rank + 1] = in_begin[rank] + in[rank];
+  Message sent = Acquire(out_begin[size()]), received = Acquire(in_begin[size()]);
+  for (int rank = 0; rank < size(); ++rank) {
+    const std::span<const uint8_t> bytes = to_ranks[rank].bytes();
+    std::copy(bytes.begin(), bytes.end(), sent.bytes().begin() + out_begin[rank]);
+    Recycle(std::move(to_ranks[rank]));
+  }
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Ialltoallv(sent.memory.data(), out.data(), out_begin.data(), MPI_BYTE,
+                     received.memory.data(), in.data(), in_begin.data(), MPI_BYTE, comm_, &request),
+      "MPI_Ialltoallv"));
+  TERNION_RETURN_IF_ERROR(WaitFor(&request));
+  std::vector<Message> from_ranks(size());
+  for (int rank = 0; rank < size(); ++rank) {
+    if (in[rank] == 0) continue;
+    from_ranks[rank] = Acquire(in[rank]);
+    std::copy_n(received.bytes().begin() + in_begin[rank], in[rank],
+                from_ranks[rank].bytes().begin());
+  }
+  Recycle(std::move(sent));
+  Recycle(std::move(received));
+  return from_ranks;
 }
 
 bool MpiTransport::IsReceiving(const Awaited& what) const {
