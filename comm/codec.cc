@@ -16,18 +16,6 @@ constexpr const char* kNames[] = {"fp32", "bf16", "int8", "int4"};
 constexpr int64_t kMaxBlock = 128;
 constexpr uint16_t kBf16Nan = 0x7FC0;
 
-// Blocks of a combine row at int8 or int4, and the largest code.
-struct BlockFormat {
-  int64_t elements;
-  float max_code;
-};
-constexpr BlockFormat kInt8Blocks = {128, 127.0f};
-constexpr BlockFormat kInt4Blocks = {32, 7.0f};
-
-const BlockFormat& BlocksOf(RowFormat format) {
-  return format == RowFormat::kInt8 ? kInt8Blocks : kInt4Blocks;
-}
-
 float FromBf16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
 // The largest magnitude; NaN when there is a NaN (as bits, NaN is above all others).
@@ -67,7 +55,7 @@ uint16_t QuantizeBlock(const float* x, int64_t count, float max_code, int8_t* co
 }
 
 void EncodeBlocks(RowFormat format, const float* x, int64_t dim, uint8_t* out) {
-  const BlockFormat& blocks = BlocksOf(format);
+  const kernels::RowBlocks blocks = BlocksOf(format);
   uint8_t* codes_out = out + 2 * base::CeilDiv(dim, blocks.elements);
   int8_t codes[kMaxBlock];
   for (int64_t begin = 0; begin < dim; begin += blocks.elements) {
@@ -84,7 +72,7 @@ void EncodeBlocks(RowFormat format, const float* x, int64_t dim, uint8_t* out) {
 }
 
 void DecodeBlocks(RowFormat format, const uint8_t* bytes, int64_t dim, float* x) {
-  const BlockFormat& blocks = BlocksOf(format);
+  const kernels::RowBlocks blocks = BlocksOf(format);
   const uint8_t* codes_in = bytes + 2 * base::CeilDiv(dim, blocks.elements);
   int8_t codes[kMaxBlock];
   for (int64_t begin = 0; begin < dim; begin += blocks.elements) {
@@ -115,24 +103,8 @@ absl::StatusOr<RowFormat> ParseRowFormat(absl::string_view name) {
       absl::StrCat("unknown row format '", name, "'; choose fp32, bf16, int8 or int4"));
 }
 
-int64_t CodeBytes(RowFormat format, int64_t dim) {
-  switch (format) {
-    case RowFormat::kFp32:
-      return dim * 4;
-    case RowFormat::kBf16:
-      return dim * 2;
-    case RowFormat::kInt8:
-      return dim;
-    case RowFormat::kInt4:
-      return base::CeilDiv(dim, 2);
-  }
-  TERNION_CHECK(false);
-}
-
 int64_t CombineRowBytes(RowFormat format, int64_t dim) {
-  const bool scaled = format == RowFormat::kInt8 || format == RowFormat::kInt4;
-  const int64_t scales = scaled ? base::CeilDiv(dim, BlocksOf(format).elements) : 0;
-  return 2 * scales + CodeBytes(format, dim);
+  return kernels::EncodedRowBytes(format, dim);
 }
 
 void PackInt4(const int8_t* codes, int64_t dim, uint8_t* out) {

@@ -15,17 +15,17 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/row_codec.h"
 
 namespace ternion::comm {
 
-enum class RowFormat : uint8_t { kFp32, kBf16, kInt8, kInt4 };
+using kernels::CodeBytes;
+using kernels::RowFormat;
 
 absl::string_view RowFormatName(RowFormat format);  // "fp32", ...
 absl::StatusOr<RowFormat> ParseRowFormat(
     absl::string_view name);  // InvalidArgument names the choices
 
-// Bytes of `dim` codes (no scale) at `format`.
-int64_t CodeBytes(RowFormat format, int64_t dim);
 // Bytes of one combine row: scales (if any), then codes.
 int64_t CombineRowBytes(RowFormat format, int64_t dim);
 

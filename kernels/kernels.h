@@ -18,6 +18,7 @@
 #include "base/thread_pool.h"
 #include "kernels/activations.h"
 #include "kernels/kv_page.h"
+#include "kernels/row_codec.h"
 #include "kernels/ternary.h"
 
 namespace ternion::kernels {
@@ -201,6 +202,47 @@ struct GatherRowsArgs {
   QuantizedRows out;
 };
 
+// Rows of fp32 -> encoded rows, one behind the other (kernels/row_codec.h).
+struct EncodeRowsArgs {
+  const float* x = nullptr;       // [.., x_stride]
+  const int32_t* rows = nullptr;  // [num_rows] rows of x to take, or null: 0 .. num_rows - 1
+  uint8_t* out = nullptr;         // [num_rows, EncodedRowBytes(format, dim)]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int64_t x_stride = 0;
+  RowFormat format = RowFormat::kFp32;
+};
+
+// The way back.
+struct DecodeRowsArgs {
+  const uint8_t* rows = nullptr;  // [num_rows, EncodedRowBytes(format, dim)]
+  float* out = nullptr;           // [num_rows, dim]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  RowFormat format = RowFormat::kFp32;
+};
+
+// Rows of codes -> one behind the other: at int8 as they are, at int4 (codes in -8 .. 7) as nibbles
+// (kernels/row_codec.h).
+struct PackCodesArgs {
+  const int8_t* codes = nullptr;  // [.., codes_stride]
+  const int32_t* rows = nullptr;  // [num_rows] rows to take, or null: 0 .. num_rows - 1
+  uint8_t* out = nullptr;         // [num_rows, CodeBytes(format, dim)]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int64_t codes_stride = 0;
+  RowFormat format = RowFormat::kInt8;
+};
+
+// Rows of nibbles -> rows of codes. (Rows of int8 are used where they lie.)
+struct UnpackInt4Args {
+  const uint8_t* packed = nullptr;  // [num_rows, CodeBytes(kInt4, dim)]
+  int8_t* codes = nullptr;          // [num_rows, codes_stride], columns 0 .. dim are written
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int64_t codes_stride = 0;
+};
+
 // out[i] = sum over j in [begin[i], begin[i+1]) of weights[j] * terms[j], added in ascending j onto
 // out[i] (accumulate) or onto 0. Product and sum are rounded separately.
 struct WeightedSumArgs {
@@ -211,6 +253,21 @@ struct WeightedSumArgs {
   int64_t num_rows = 0;
   int64_t dim = 0;
   bool accumulate = false;
+};
+
+// out[i] += terms[j].weight * terms[j].row for j in [begin[i], begin[i+1]), in ascending j, rounded
+// as in WeightedSumArgs: rows are decoded as they are added, so that they are read once.
+struct RowTerm {
+  const void* row = nullptr;  // [dim] encoded; of any alignment, but fp32 that of floats
+  RowFormat format = RowFormat::kFp32;
+  float weight = 1;
+};
+struct AddRowsArgs {
+  const RowTerm* terms = nullptr;  // [begin[num_rows]]
+  const int32_t* begin = nullptr;  // [num_rows + 1]
+  float* out = nullptr;            // [num_rows, dim]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
 };
 
 struct Kernels {
@@ -227,6 +284,11 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, Executor&) = nullptr;
   void (*gate_top_k)(const GateTopKArgs&, Executor&) = nullptr;
   void (*gather_rows)(const GatherRowsArgs&, Executor&) = nullptr;
+  void (*encode_rows)(const EncodeRowsArgs&, Executor&) = nullptr;
+  void (*decode_rows)(const DecodeRowsArgs&, Executor&) = nullptr;
+  void (*add_rows)(const AddRowsArgs&, Executor&) = nullptr;
+  void (*pack_codes)(const PackCodesArgs&, Executor&) = nullptr;
+  void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cpu/float_ops_attention.inc.h"
+#include "kernels/cpu/float_ops_codec.inc.h"
 #include "kernels/cpu/float_ops_dense.inc.h"
 #include "kernels/cpu/float_ops_gate.inc.h"
 #include "kernels/cpu/float_ops_kv.inc.h"
@@ -24,6 +25,11 @@ constexpr Kernels kThisVariant = {
     .attention = Attention,
     .gate_top_k = GateTopK,
     .gather_rows = GatherRows,
+    .encode_rows = EncodeRows,
+    .decode_rows = DecodeRows,
+    .add_rows = AddRows,
+    .pack_codes = PackCodes,
+    .unpack_int4 = UnpackInt4,
     .weighted_sum = WeightedSum,
 };
 

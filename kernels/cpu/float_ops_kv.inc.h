@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/float_ops_common.inc.h"
 #include "kernels/cpu/float_ops_rows.inc.h"
+#include "kernels/cpu/simd_narrow.h"
 
 namespace ternion::kernels {
 namespace {
@@ -42,14 +43,6 @@ void Hadamard(const HadamardArgs& args, Executor& executor) {
       Rotate(args.x + row * args.stride + head * args.head_dim, args.head_dim, scale);
     }
   });
-}
-
-// Round to nearest even; NaN stays NaN.
-inline uint16_t ToBf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Calls write(element, code) for each element of one head: code in -127 .. 127 at 8 bits, else 0 ..

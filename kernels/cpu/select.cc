@@ -30,7 +30,7 @@ const Kernels& Variant(int i) {
 
 // Whether CPU and operating system (which must save the wider registers) can run variant i.
 bool CanRun(int i) {
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   switch (i) {
     case 0:
       return true;

@@ -31,6 +31,11 @@ TEST(Select, EveryAvailableNameHasAFullTable) {
     EXPECT_NE(kernels->attention, nullptr);
     EXPECT_NE(kernels->gate_top_k, nullptr);
     EXPECT_NE(kernels->gather_rows, nullptr);
+    EXPECT_NE(kernels->encode_rows, nullptr);
+    EXPECT_NE(kernels->decode_rows, nullptr);
+    EXPECT_NE(kernels->add_rows, nullptr);
+    EXPECT_NE(kernels->pack_codes, nullptr);
+    EXPECT_NE(kernels->unpack_int4, nullptr);
     EXPECT_NE(kernels->weighted_sum, nullptr);
   }
 }
