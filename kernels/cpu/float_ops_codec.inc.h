@@ -111,7 +111,7 @@ inline void EncodeRow(RowFormat format, const float* x, int64_t dim, uint8_t* ou
 
 void EncodeRows(const EncodeRowsArgs& args, Executor& executor) {
   const int64_t row_bytes = EncodedRowBytes(args.format, args.dim);
-  ForEachRow(args.num_rows, 2 * args.dim, executor, [&](int64_t row) {
+  ForEachRow(args.num_rows, args.dim, executor, [&](int64_t row) {
     const int64_t source = args.rows == nullptr ? row : args.rows[row];
     EncodeRow(args.format, args.x + source * args.x_stride, args.dim, args.out + row * row_bytes);
   });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/float_ops_common.inc.h"
+#include "kernels/cpu/simd_narrow.h"
 
 namespace ternion::kernels {
 namespace {
@@ -151,15 +152,24 @@ void Quantize(const QuantizeArgs& args, Executor& executor) {
                                 });
 }
 
+// Copies n codes, filled up with zeros to a multiple of 16. Returns their sum.
+inline int32_t CopyCodes(const int8_t* in, int64_t n, int8_t* out) {
+  ByteSum sum;
+  ForEachVector(n, [&](int64_t i, int64_t count) {
+    const I8x16 codes = LoadBytesN(in + i, count);
+    StoreBytes(codes, out + i);
+    sum.Add(codes);
+  });
+  return sum.Total();
+}
+
 void GatherRows(const GatherRowsArgs& args, Executor& executor) {
   const QuantizedRows& out = args.out;
-  ForEachRow(out.num_rows, out.dim / 4, executor, [&](int64_t row) {
+  const int64_t written = base::RoundUp(out.dim, kLanes);
+  ForEachRow(out.num_rows, out.dim / 8, executor, [&](int64_t row) {
     int8_t* codes = out.codes + row * out.stride;
-    std::memcpy(codes, args.rows[row], static_cast<size_t>(out.dim));
-    std::memset(codes + out.dim, 0, static_cast<size_t>(out.stride - out.dim));
-    int32_t sum = 0;
-    for (int64_t i = 0; i < out.dim; ++i) sum += codes[i];
-    out.sums[row] = sum;
+    out.sums[row] = CopyCodes(args.rows[row], out.dim, codes);
+    std::memset(codes + written, 0, static_cast<size_t>(out.stride - written));
     out.scales[row] = args.scales[row];
   });
 }
