@@ -10,7 +10,6 @@
 namespace ternion::comm {
 namespace {
 
-constexpr int64_t kBytesPerThread = 16384;  // less row work than this is not worth another thread
 constexpr int64_t kMaxHidden = int64_t{1} << 24;
 constexpr int64_t kMaxRows = int64_t{1} << 24;
 constexpr int kMaxTopK = 255;         // counts are one byte on the wire
@@ -73,11 +72,10 @@ struct Exchange::Peer {
   Message dispatch;                // its rows, held until CombineRecv ends
   DispatchView view;               // into dispatch
   kernels::QuantizedBuffer codes;  // its rows, when dispatch does not hold int8 codes
-  base::Array<float> floats;       // its rows at fp32, to be quantized
+  base::Array<float> floats;       // its rows decoded, when dispatch holds bf16
   Message combine;                 // what it returns for this rank's rows; may come before dispatch
-  base::Array<float> decoded;      // the same decoded, if it is not fp32
-  const float* returned = nullptr;  // the same as fp32 [rows or routes, hidden]
-  int64_t first_row = 0;            // where its rows and routes start in received_
+  const void* returned = nullptr;  // its encoded rows [rows or routes]; this rank's own at fp32
+  int64_t first_row = 0;           // where its rows and routes start in received_
   int64_t first_route = 0;
 };
 
@@ -132,22 +130,36 @@ absl::Status Exchange::SendDispatchTo(int rank, const float* normed) {
   const DispatchLayout layout(options_.dispatch, options_.hidden, rows.size(), routes);
   Message message = transport_->Acquire(layout.message_bytes);
   WriteDispatchMetadata(layout, rows, plan_.routes, codes_.scales, message.bytes());
-  uint8_t* out = message.bytes().data() + layout.codes;
-  ForRows(rows.size(), [&](int64_t i) {
-    const int64_t source = rows[i].source;
-    uint8_t* row_out = out + i * layout.row_bytes;
-    const int8_t* codes = codes_.codes + source * codes_.stride;
-    if (options_.dispatch == RowFormat::kInt8) {
-      std::memcpy(row_out, codes, options_.hidden);
-    } else if (options_.dispatch == RowFormat::kInt4) {
-      PackInt4(codes, options_.hidden, row_out);
-    } else {
-      EncodeCombineRow(options_.dispatch, normed + source * options_.hidden, options_.hidden,
-                       row_out);
-    }
-  });
+  WriteRows(rows, normed, message.bytes().data() + layout.codes);
   return Send(rank, HeaderOf(Phase::kDispatch, rows.size(), routes, layout.payload_bytes),
               std::move(message));
+}
+
+// The rows' codes, or the rows themselves, from the batch.
+void Exchange::WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed,
+                         uint8_t* out) {
+  sources_.clear();
+  for (const DispatchPlan::Row& row : rows) sources_.push_back(row.source);
+  const int64_t num_rows = rows.size();
+  if (NeedsNormed()) {
+    kernels_->encode_rows({.x = normed,
+                           .rows = sources_.data(),
+                           .out = out,
+                           .num_rows = num_rows,
+                           .dim = options_.hidden,
+                           .x_stride = options_.hidden,
+                           .format = options_.dispatch},
+                          *executor_);
+  } else {
+    kernels_->pack_codes({.codes = codes_.codes,
+                          .rows = sources_.data(),
+                          .out = out,
+                          .num_rows = num_rows,
+                          .dim = options_.hidden,
+                          .codes_stride = codes_.stride,
+                          .format = options_.dispatch},
+                         *executor_);
+  }
 }
 
 absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, Exchange* other) {
@@ -247,15 +259,29 @@ void Exchange::WidenCodes(Peer& peer) {
   const int64_t hidden = options_.hidden;
   Reserve(&peer.codes, peer.view.num_rows(), hidden);
   const kernels::QuantizedRows out = peer.codes.rows(peer.view.num_rows());
+  const uint8_t* rows = peer.view.codes(0);
   if (options_.dispatch == RowFormat::kInt4) {
-    ForRows(out.num_rows, [&](int64_t row) {
-      UnpackInt4(peer.view.codes(row), hidden, out.codes + row * out.stride);
-      out.scales[row] = peer.view.scale(row);
-    });
+    kernels_->unpack_int4({.packed = rows,
+                           .codes = out.codes,
+                           .num_rows = out.num_rows,
+                           .dim = hidden,
+                           .codes_stride = out.stride},
+                          *executor_);
+    for (int64_t i = 0; i < out.num_rows; ++i) out.scales[i] = peer.view.scale(i);
     return;
   }
-  const float* rows = FloatRows(options_.dispatch, peer.view.codes(0), out.num_rows, &peer.floats);
-  kernels_->quantize({.x = rows, .out = out, .x_stride = hidden, .bits = options_.act_bits},
+  const float* floats = AsFloats(rows);
+  if (options_.dispatch == RowFormat::kBf16) {
+    Reserve(&peer.floats, out.num_rows * hidden);
+    kernels_->decode_rows({.rows = rows,
+                           .out = peer.floats.data(),
+                           .num_rows = out.num_rows,
+                           .dim = hidden,
+                           .format = RowFormat::kBf16},
+                          *executor_);
+    floats = peer.floats.data();
+  }
+  kernels_->quantize({.x = floats, .out = out, .x_stride = hidden, .bits = options_.act_bits},
                      *executor_);
 }
 
@@ -325,12 +351,13 @@ absl::Status Exchange::SendCombineTo(int rank, const float* rows) {
   const DispatchView& view = peers_[rank].view;
   const MessageHeader header = CombineHeader(view.num_rows(), view.num_routes());
   Message message = transport_->Acquire(sizeof(header) + header.payload_bytes);
-  uint8_t* out = message.bytes().data() + sizeof(header);
-  const int64_t row_bytes = CombineRowBytes(options_.combine, options_.hidden);
-  ForRows(header.payload_bytes / row_bytes, [&](int64_t i) {
-    EncodeCombineRow(options_.combine, rows + i * options_.hidden, options_.hidden,
-                     out + i * row_bytes);
-  });
+  kernels_->encode_rows({.x = rows,
+                         .out = message.bytes().data() + sizeof(header),
+                         .num_rows = options_.presum ? view.num_rows() : view.num_routes(),
+                         .dim = options_.hidden,
+                         .x_stride = options_.hidden,
+                         .format = options_.combine},
+                        *executor_);
   return Send(rank, header, std::move(message));
 }
 
@@ -349,14 +376,12 @@ absl::Status Exchange::CombineRecv(float* out) {
   TERNION_CHECK(stage_ == Stage::kCombineRecv);
   while (!IsBack()) TERNION_RETURN_IF_ERROR(Wait(nullptr));
   CollectTerms();
-  kernels_->weighted_sum({.terms = term_rows_.data(),
-                          .weights = options_.presum ? nullptr : term_weights_.data(),
-                          .begin = term_begin_.data(),
-                          .out = out,
-                          .num_rows = codes_.num_rows,
-                          .dim = options_.hidden,
-                          .accumulate = true},
-                         *executor_);
+  kernels_->add_rows({.terms = row_terms_.data(),
+                      .begin = term_begin_.data(),
+                      .out = out,
+                      .num_rows = codes_.num_rows,
+                      .dim = options_.hidden},
+                     *executor_);
   for (Peer& peer : peers_) {
     transport_->Recycle(std::move(peer.dispatch));
     transport_->Recycle(std::move(peer.combine));
@@ -378,9 +403,7 @@ absl::Status Exchange::TakeCombine(int rank, Message message) {
   const MessageHeader expected = CombineHeader(PlannedRows(rank).size(), PlannedRoutes(rank));
   TERNION_RETURN_IF_ERROR(CheckCombine(peer.combine.bytes(), expected, RankId{rank}));
   CountMessage(Direction::kReceived, rank, expected, peer.combine);
-  const int64_t num_rows = options_.presum ? expected.rows : expected.routes;
-  peer.returned = FloatRows(options_.combine, peer.combine.bytes().data() + sizeof(expected),
-                            num_rows, &peer.decoded);
+  peer.returned = peer.combine.bytes().data() + sizeof(expected);
   return absl::OkStatus();
 }
 
@@ -388,14 +411,16 @@ absl::Status Exchange::TakeCombine(int rank, Message message) {
 template <typename Visit>
 void Exchange::ForEachTerm(Visit&& visit) const {
   for (int rank = 0; rank < transport_->size(); ++rank) {
-    const float* returned = peers_[rank].returned;
+    const RowFormat format = rank == rank_ ? RowFormat::kFp32 : options_.combine;
+    const int64_t row_bytes = kernels::EncodedRowBytes(format, options_.hidden);
+    const uint8_t* returned = static_cast<const uint8_t*>(peers_[rank].returned);
     for (const DispatchPlan::Row& row : PlannedRows(rank)) {
       const int count = options_.presum ? 1 : row.num_routes;
-      for (int i = 0; i < count; ++i, returned += options_.hidden) {
+      for (int i = 0; i < count; ++i, returned += row_bytes) {
         const Route& route = plan_.routes[row.first_route + i];
         visit(row.source, options_.presum
-                              ? Term{rank, 1, returned}
-                              : Term{base::Index(route.expert), route.weight, returned});
+                              ? Term{rank, {returned, format, 1}}
+                              : Term{base::Index(route.expert), {returned, format, route.weight}});
       }
     }
   }
@@ -414,12 +439,8 @@ void Exchange::CollectTerms() {
     std::sort(terms_.begin() + term_begin_[row], terms_.begin() + term_begin_[row + 1],
               [](const Term& a, const Term& b) { return a.order < b.order; });
   }
-  term_rows_.clear();
-  term_weights_.clear();
-  for (const Term& term : terms_) {
-    term_rows_.push_back(term.row);
-    term_weights_.push_back(term.weight);
-  }
+  row_terms_.clear();
+  for (const Term& term : terms_) row_terms_.push_back(term.row);
 }
 
 // ---- Shared by both ways
@@ -453,37 +474,13 @@ MessageHeader Exchange::HeaderOf(Phase phase, int64_t rows, int64_t routes,
 MessageHeader Exchange::CombineHeader(int64_t rows, int64_t routes) const {
   const int64_t returned = options_.presum ? rows : routes;
   return HeaderOf(Phase::kCombine, rows, options_.presum ? 0 : routes,
-                  returned * CombineRowBytes(options_.combine, options_.hidden));
+                  returned * kernels::EncodedRowBytes(options_.combine, options_.hidden));
 }
 
 absl::Status Exchange::Send(int rank, const MessageHeader& header, Message message) {
   SealMessage(header, message.bytes());
   CountMessage(Direction::kSent, rank, header, message);
   return transport_->Send(RankId{rank}, header.phase, std::move(message));
-}
-
-// `num_rows` rows of fp32 or of a combine format as fp32 [num_rows, hidden]: where they are, or in
-// `decoded`.
-const float* Exchange::FloatRows(RowFormat format, const uint8_t* bytes, int64_t num_rows,
-                                 base::Array<float>* decoded) {
-  if (format == RowFormat::kFp32) return AsFloats(bytes);
-  const int64_t hidden = options_.hidden;
-  const int64_t row_bytes = CombineRowBytes(format, hidden);
-  Reserve(decoded, num_rows * hidden);
-  ForRows(num_rows, [&](int64_t i) {
-    DecodeCombineRow(format, bytes + i * row_bytes, hidden, decoded->data() + i * hidden);
-  });
-  return decoded->data();
-}
-
-// body(row) for each of `count` rows, on the rank's threads.
-template <typename Body>
-void Exchange::ForRows(int64_t count, Body&& body) {
-  const int64_t rows_per_thread = std::max<int64_t>(1, kBytesPerThread / options_.hidden);
-  executor_->threads->ParallelFor(count, rows_per_thread,
-                                  [&](int64_t begin, int64_t end, int /*thread*/) {
-                                    for (int64_t row = begin; row < end; ++row) body(row);
-                                  });
 }
 
 void Exchange::CountMessage(Direction direction, int rank, const MessageHeader& header,

@@ -142,12 +142,12 @@ class Exchange {
   // One summand of an own row; summands are added in ascending `order`.
   struct Term {
     int32_t order = 0;  // rank, or expert id without presum
-    float weight = 0;
-    const float* row = nullptr;  // [hidden]
+    kernels::RowTerm row;
   };
   using Clock = std::chrono::steady_clock;
 
   absl::Status SendDispatchTo(int rank, const float* normed);
+  void WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed, uint8_t* out);
   absl::Status TakeDispatch(int rank, Message message);
   void WidenCodes(Peer& peer);
   int64_t ReadyRoutes() const;
@@ -171,10 +171,6 @@ class Exchange {
   MessageHeader HeaderOf(Phase phase, int64_t rows, int64_t routes, int64_t payload_bytes) const;
   MessageHeader CombineHeader(int64_t rows, int64_t routes) const;
   absl::Status Send(int rank, const MessageHeader& header, Message message);
-  const float* FloatRows(RowFormat format, const uint8_t* bytes, int64_t num_rows,
-                         base::Array<float>* decoded);
-  template <typename Body>
-  void ForRows(int64_t count, Body&& body);
   void CountOwnCombine();
   void CountMessage(Direction direction, int rank, const MessageHeader& header,
                     const Message& message);
@@ -192,6 +188,7 @@ class Exchange {
   uint32_t layer_ = 0;
   DispatchPlan plan_;
   kernels::QuantizedRows codes_;  // the caller's
+  std::vector<int32_t> sources_;  // rows of the batch that go into one message
   ReceivedRows received_;
   std::vector<Peer> peers_;                // [size], this rank's own among them
   std::vector<Awaited> dispatch_awaited_;  // messages that are still to come
@@ -202,8 +199,7 @@ class Exchange {
   // What CombineRecv adds: onto row i, terms_[term_begin_[i]] .. terms_[term_begin_[i + 1]] - 1.
   std::vector<int32_t> term_begin_;
   std::vector<Term> terms_;
-  std::vector<const float*> term_rows_;
-  std::vector<float> term_weights_;
+  std::vector<kernels::RowTerm> row_terms_;
 };
 
 }  // namespace ternion::comm

@@ -118,7 +118,7 @@ absl::StatusOr<MessageHeader> CheckHeader(std::span<const uint8_t> message,
 }
 
 DispatchLayout::DispatchLayout(RowFormat format, int64_t hidden, int64_t rows, int64_t routes)
-    : row_bytes(CodeBytes(format, hidden)), weights(sizeof(MessageHeader)) {
+    : row_bytes(kernels::CodeBytes(format, hidden)), weights(sizeof(MessageHeader)) {
   ids = weights + routes * sizeof(float);
   counts = ids + routes * sizeof(uint16_t);
   scales = base::RoundUp(counts + rows, sizeof(float));

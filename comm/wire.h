@@ -3,7 +3,7 @@
 //   dispatch  header | float weights[routes] | uint16 ids[routes] | uint8 counts[rows] | 0..3 zero
 //   bytes
 //             | float scales[rows] (int8 and int4 only) | codes[rows][CodeBytes]
-//   combine   header | rows of CombineRowBytes: one per dispatched row (presum), or one per route
+//   combine   header | rows of EncodedRowBytes: one per dispatched row (presum), or one per route
 //   (exact) control   header | any bytes
 //
 // counts[i] is the number of routes of row i; weights and ids are grouped by row, ids ascending.

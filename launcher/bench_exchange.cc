@@ -244,9 +244,9 @@ double DispatchScaleBytes(RowFormat format) {
 
 // B_min of a token and layer: codes, scales, and an id and a gate weight for each expert elsewhere.
 double FloorBytes(const CaseResult& result, int64_t hidden) {
-  const double row = static_cast<double>(comm::CodeBytes(result.wire.dispatch, hidden)) +
+  const double row = static_cast<double>(kernels::CodeBytes(result.wire.dispatch, hidden)) +
                      DispatchScaleBytes(result.wire.dispatch) +
-                     static_cast<double>(comm::CombineRowBytes(result.wire.combine, hidden));
+                     static_cast<double>(kernels::EncodedRowBytes(result.wire.combine, hidden));
   const double route = sizeof(uint16_t) + sizeof(float);
   return result.remote_ranks * row + result.remote_routes * route;
 }

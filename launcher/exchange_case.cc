@@ -100,6 +100,26 @@ float FactorOf(std::span<const comm::Route> routes) {
   return factor;
 }
 
+// Leaves of rows of `dim` what arrives of them at `format`.
+void Travel(const runtime::RankResources& rank, RowFormat format, int64_t dim,
+            std::span<float> rows) {
+  const int64_t num_rows = static_cast<int64_t>(rows.size()) / dim;
+  std::vector<uint8_t> bytes(num_rows * kernels::EncodedRowBytes(format, dim));
+  rank.kernels->encode_rows({.x = rows.data(),
+                             .out = bytes.data(),
+                             .num_rows = num_rows,
+                             .dim = dim,
+                             .x_stride = dim,
+                             .format = format},
+                            *rank.executor);
+  rank.kernels->decode_rows({.rows = bytes.data(),
+                             .out = rows.data(),
+                             .num_rows = num_rows,
+                             .dim = dim,
+                             .format = format},
+                            *rank.executor);
+}
+
 }  // namespace
 
 std::string WireCase::Name() const {
@@ -142,9 +162,7 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
   };
   quantize(codes_);
   if (wire.dispatch == RowFormat::kBf16) {
-    std::vector<uint8_t> bytes(rows_.size() * 2);
-    comm::EncodeBf16(rows_.data(), rows_.size(), bytes.data());
-    comm::DecodeBf16(bytes.data(), rows_.size(), rows_.data());
+    Travel(world.resources(), wire.dispatch, setup.hidden, rows_.span());
   }
   quantize(remote_codes_);
 }
@@ -210,7 +228,6 @@ std::vector<float> ExchangeCase::Expected(int layer) {
   const auto remote = remote_codes_.rows(setup_.tokens_per_rank);
   std::vector<float> out(out_.size());
   std::vector<float> term(hidden);
-  std::vector<uint8_t> wire(comm::CombineRowBytes(wire_.combine, hidden));
   struct Summand {
     int32_t order, rank;
     const DispatchPlan::Row* row;
@@ -236,10 +253,7 @@ std::vector<float> ExchangeCase::Expected(int layer) {
     const float factor =
         wire_.presum ? FactorOf(summand.routes) : FactorOf(summand.routes[0].expert);
     Scale(codes.codes + source * codes.stride, codes.scales[source] * factor, hidden, term.data());
-    if (!at_home) {
-      comm::EncodeCombineRow(wire_.combine, term.data(), hidden, wire.data());
-      comm::DecodeCombineRow(wire_.combine, wire.data(), hidden, term.data());
-    }
+    if (!at_home) Travel(world_.resources(), wire_.combine, hidden, term);
     const float weight = wire_.presum ? 1.0f : summand.routes[0].weight;
     float* const sum = &out[source * hidden];
     for (int64_t i = 0; i < hidden; ++i) sum[i] += weight * term[i];

@@ -20,16 +20,23 @@ int HolderOf(const ExchangeCase& c, int layer, int expert, int asking) {
   return asking % 2 == 0 ? first : second;
 }
 
+// What is left of rows of `dim` after they travelled at `format`.
+void Travel(RowFormat format, int64_t dim, std::vector<float>* rows) {
+  base::ThreadPool threads(1);
+  kernels::Executor executor{.threads = &threads};
+  const kernels::Kernels& kernels = *kernels::SelectCpuKernels("scalar");
+  const int64_t num_rows = static_cast<int64_t>(rows->size()) / dim;
+  std::vector<uint8_t> wire(num_rows * kernels::EncodedRowBytes(format, dim));
+  kernels.encode_rows({rows->data(), nullptr, wire.data(), num_rows, dim, dim, format}, executor);
+  kernels.decode_rows({wire.data(), rows->data(), num_rows, dim, format}, executor);
+}
+
 // The codes a rank's rows have when the experts multiply them; `on_wire`: after travelling.
 kernels::QuantizedBuffer QuantizeBatch(const ExchangeCase& c, const RankBatch& batch,
                                        bool on_wire) {
   const int64_t hidden = c.options.hidden;
   std::vector<float> x = batch.x;
-  if (on_wire && c.options.dispatch == RowFormat::kBf16) {
-    std::vector<uint8_t> bytes(x.size() * 2);
-    EncodeBf16(x.data(), x.size(), bytes.data());
-    DecodeBf16(bytes.data(), x.size(), x.data());
-  }
+  if (on_wire && c.options.dispatch == RowFormat::kBf16) Travel(RowFormat::kBf16, hidden, &x);
   kernels::QuantizedBuffer buffer(batch.num_rows, hidden);
   base::ThreadPool threads(1);
   kernels::Executor executor{.threads = &threads};
@@ -135,14 +142,10 @@ std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank) {
               c.options.presum ? &sums[slot * hidden] : &out[choice.row * hidden]);
   }
   if (!c.options.presum) return out;
-  std::vector<uint8_t> wire(CombineRowBytes(c.options.combine, hidden));
   for (size_t slot = 0; slot < used.size(); ++slot) {
     if (!used[slot]) continue;
     one.assign(&sums[slot * hidden], &sums[slot * hidden] + hidden);
-    if (static_cast<int>(slot % c.num_ranks) != rank) {
-      EncodeCombineRow(c.options.combine, one.data(), hidden, wire.data());
-      DecodeCombineRow(c.options.combine, wire.data(), hidden, one.data());
-    }
+    if (static_cast<int>(slot % c.num_ranks) != rank) Travel(c.options.combine, hidden, &one);
     AddScaled(one, 1, &out[slot / c.num_ranks * hidden]);
   }
   return out;
