@@ -7,6 +7,21 @@
 #include "launcher/progress.h"
 
 namespace ternion::launcher {
+namespace {
+
+absl::Status CheckPlacement(const EngineFlags& flags) {
+  const bool from_trace = flags.placement == "balanced" || flags.placement == "local";
+  if (from_trace && flags.trace.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--placement ", flags.placement, " needs --trace"));
+  }
+  if (!from_trace && !flags.trace.empty()) {
+    return absl::InvalidArgumentError("--trace goes with --placement balanced or local");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
 
 void AddWorldFlags(CLI::App& command, WorldOptions& options) {
   command
@@ -41,8 +56,12 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
       ->check(CLI::IsMember({"exact"}));
   command
       .add_option("--placement", flags.placement,
-                  "contiguous, or a JSON file that says which ranks hold which experts")
+                  "contiguous; balanced (hot experts replicated) or local (experts that fire "
+                  "together side by side), both from --trace; or a JSON file that says which ranks "
+                  "hold which experts")
       ->capture_default_str();
+  command.add_option("--trace", flags.trace,
+                     "Routing trace recorded by `ternion eval --record-trace`, for --placement");
   command
       .add_option("--kv", flags.kv, "Precision of the KV cache; auto: the model's own (kv_bits)")
       ->check(CLI::IsMember({"auto", "bf16", "int8", "int4", "int3"}))
@@ -74,10 +93,13 @@ absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags) {
 absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) {
   const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<runtime::WireOptions> wire = ResolveWire(flags);
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), wire.status()));
+  absl::Status usable = CheckPlacement(flags);
+  usable.Update(wire.status());
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), usable));
   runtime::EngineOptions options;
   options.model_directory = flags.model;
   options.placement = flags.placement;
+  options.trace = flags.trace;
   options.wire = *wire;
   options.kv = kernels::ParseKvFormat(flags.kv);  // "auto" is none
   options.kv_tokens = flags.kv_tokens;

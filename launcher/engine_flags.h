@@ -19,6 +19,7 @@ struct EngineFlags {
   std::string wire_combine = "bf16";
   std::string wire;  // "exact" or empty
   std::string placement = "contiguous";
+  std::string trace;
   std::string kv = "auto";
   int64_t kv_tokens = 0;
   int micro_batches = 1;
@@ -26,7 +27,7 @@ struct EngineFlags {
 
 // Adds --threads, --device and --transport to `command`.
 void AddWorldFlags(CLI::App& command, WorldOptions& options);
-// Adds --model, --wire*, --placement, --kv, --kv-tokens and the world's flags.
+// Adds --model, --wire*, --placement, --trace, --kv, --kv-tokens and the world's flags.
 void AddEngineFlags(CLI::App& command, EngineFlags& flags);
 
 // An engine and how long it took to load.

@@ -8,27 +8,53 @@
 #include "base/file.h"
 #include "base/status.h"
 #include "comm/collective.h"
+#include "experts/balance.h"
+#include "experts/locality.h"
+#include "experts/trace.h"
 #include "xxhash.h"
 
 namespace ternion::runtime {
 namespace {
 
-absl::StatusOr<std::shared_ptr<const experts::Placement>> MakePlacement(const std::string& name,
-                                                                        const ModelConfig& config,
-                                                                        int num_ranks) {
-  using experts::Placement;
+using experts::Placement;
+
+absl::Status CheckTraceCount(absl::string_view what, int64_t in_trace, int64_t in_model) {
+  if (in_trace == in_model) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the trace has ", in_trace, " ", what, ", the model ", in_model));
+}
+
+absl::StatusOr<experts::RoutingTrace> LoadTraceOf(const ModelConfig& config,
+                                                  const std::string& path) {
+  TERNION_ASSIGN_OR_RETURN(experts::RoutingTrace trace, experts::LoadTrace(path));
+  const experts::TraceShape& shape = trace.shape;
+  absl::Status fits = CheckTraceCount("layers", shape.num_layers, config.num_layers);
+  fits.Update(CheckTraceCount("experts", shape.num_experts, config.num_experts));
+  fits.Update(CheckTraceCount("experts per token", shape.top_k, config.top_k));
+  TERNION_RETURN_IF_ERROR(base::Annotate(fits, path));
+  return trace;
+}
+
+absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const ModelConfig& config,
+                                        int num_ranks) {
+  const std::string& name = options.placement;
   if (name == "contiguous") {
-    return std::make_shared<const Placement>(
-        Placement::Contiguous(config.num_layers, config.num_experts, num_ranks));
+    return Placement::Contiguous(config.num_layers, config.num_experts, num_ranks);
   }
   if (!config.moe()) {
-    return absl::InvalidArgumentError("a placement file needs a model with experts");
+    return absl::InvalidArgumentError(
+        "a placement other than contiguous needs a model with experts");
+  }
+  if (name == "balanced" || name == "local") {
+    TERNION_ASSIGN_OR_RETURN(const experts::RoutingTrace trace, LoadTraceOf(config, options.trace));
+    return name == "local" ? experts::LocalPlacement(trace, num_ranks)
+                           : experts::BalancedPlacement(trace, num_ranks);
   }
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(name));
   absl::StatusOr<Placement> placement =
       Placement::FromJson(text, config.num_layers, config.num_experts, num_ranks);
   if (!placement.ok()) return base::Annotate(placement.status(), name);
-  return std::make_shared<const Placement>(*std::move(placement));
+  return placement;
 }
 
 // A quarter of the memory, shared by the ranks of this node.
@@ -81,8 +107,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
                                                             const LoadProgress& progress) {
   TERNION_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model_directory));
   const ModelConfig& config = checkpoint.config();
-  TERNION_ASSIGN_OR_RETURN(std::shared_ptr<const experts::Placement> placement,
-                           MakePlacement(options.placement, config, resources.transport->size()));
+  TERNION_ASSIGN_OR_RETURN(Placement placement,
+                           MakePlacement(options, config, resources.transport->size()));
   const kernels::KvFormat kv = options.kv.value_or(*kernels::KvFormatOfBits(config.kv_bits));
   const KvShape shape = ShapeOf(config, kv);
   const int64_t kv_tokens =
@@ -95,8 +121,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
       .max_positions = std::min(config.max_positions, engine->kv_tokens()),
       .wire = engine->wire_,
       .kv = kv};
-  TERNION_ASSIGN_OR_RETURN(engine->model_, Model::Load(checkpoint, std::move(placement), resources,
-                                                       model_options, progress));
+  TERNION_ASSIGN_OR_RETURN(
+      engine->model_,
+      Model::Load(checkpoint, std::make_shared<const Placement>(std::move(placement)), resources,
+                  model_options, progress));
   return engine;
 }
 

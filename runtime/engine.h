@@ -25,7 +25,8 @@ namespace ternion::runtime {
 
 struct EngineOptions {
   std::string model_directory;
-  std::string placement;  // "contiguous", or the path of a placement file
+  std::string placement;  // "contiguous", "balanced", "local", or the path of a placement file
+  std::string trace;      // routing trace (docs/trace.md) that "balanced" and "local" follow
   WireOptions wire;
   std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
   int64_t max_rows = 512;                              // of one rank in one step

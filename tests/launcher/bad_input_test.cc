@@ -358,6 +358,14 @@ const Case kCases[] = {
     {"PlacementWithoutARank", PlacementFile(OneExpertPerRank(Json::array())), {"placement.json"}},
     {"PlacementOfTooFewExperts", PlacementFile(R"({"experts": [0, 0]})"), {"placement.json", "16"}},
     {"PlacementIsNotJson", PlacementFile("contiguous"), {"placement.json"}},
+    {"BalancedWithoutATrace", Flags({"--placement", "balanced"}), {"balanced", "--trace"}},
+    {"LocalWithAMissingTrace",
+     Flags({"--placement", "local", "--trace", "/nowhere/trace"}),
+     {"/nowhere/trace"}},
+    {"LocalWithATextForATrace",
+     Flags({"--placement", "local", "--trace", SourcePath("models/tiny/test.txt")}),
+     {"test.txt", "no routing trace"}},
+    {"TraceWithoutUse", Flags({"--trace", "/nowhere/trace"}), {"--trace", "--placement"}},
     {"MissingPlacement", Flags({"--placement", "/nowhere/placement"}), {"/nowhere/placement"}},
 
     // Flags.

@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "comm/collective.h"
 #include "comm/loopback/loopback.h"
+#include "experts/trace.h"
 #include "gtest/gtest.h"
 #include "kernels/select.h"
 #include "nlohmann/json.hpp"
@@ -45,6 +46,7 @@ struct WorldCase {
   std::optional<kernels::KvFormat> kv = std::nullopt;
   std::string model = kModel;
   int micro_batches = 1;
+  std::string trace = "";
 };
 
 absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Transport& transport,
@@ -52,6 +54,7 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Tra
   EngineOptions options;
   options.model_directory = c.model;
   options.placement = c.placement;
+  options.trace = c.trace;
   options.wire = c.wire;
   options.max_rows = c.max_rows;
   options.kv_tokens = c.kv_tokens;
@@ -174,6 +177,25 @@ TEST(Engine, AnyNumberOfRanksAndAnyPlacementGiveTheSameBits) {
     for (const std::string& placement : WritePlacements(directory, num_ranks)) {
       SCOPED_TRACE(std::to_string(num_ranks) + " ranks, " + placement);
       EXPECT_EQ(Generate({.num_ranks = num_ranks, .placement = placement}, requests), expected);
+    }
+  }
+}
+
+constexpr experts::TraceShape kTraceShape = {
+    .num_layers = 4, .num_tokens = 500, .num_experts = kExperts, .top_k = 2};
+
+TEST(Engine, PlacementsFromATraceGiveTheSameBits) {
+  const std::vector<Request> requests = ManyPrompts();
+  const std::vector<Outcome> expected = Generate({.num_ranks = 1}, requests);
+  test::TempDir directory;
+  const std::string trace = directory.path("trace.bin");
+  ASSERT_TRUE(experts::SaveTrace(*experts::ZipfTrace(1, 1, kTraceShape), trace).ok());
+  for (const std::string placement : {"balanced", "local"}) {
+    for (const int num_ranks : {1, 3}) {
+      SCOPED_TRACE(std::to_string(num_ranks) + " ranks, " + placement);
+      EXPECT_EQ(
+          Generate({.num_ranks = num_ranks, .placement = placement, .trace = trace}, requests),
+          expected);
     }
   }
 }
@@ -570,6 +592,22 @@ TEST(Engine, WrongPlacementsAreAgreedErrors) {
   for (const absl::Status& status : errors(beyond)) {
     EXPECT_TRUE(IsInvalid(status, "beyond.json: placement of layer 0, expert 0: names rank 2"));
   }
+}
+
+TEST(Engine, TracesOfAnotherModelAreRefused) {
+  test::TempDir directory;
+  const auto error_with = [&](const experts::TraceShape& shape) {
+    const std::string trace = directory.path("trace.bin");
+    EXPECT_TRUE(experts::SaveTrace(*experts::UniformTrace(1, shape), trace).ok());
+    return RunEngines({.placement = "local", .trace = trace},
+                      [](Engine&) { return absl::OkStatus(); })[0];
+  };
+  EXPECT_TRUE(error_with(kTraceShape).ok());
+  EXPECT_TRUE(
+      IsInvalid(error_with({5, 9, 16, 2}), "trace.bin: the trace has 5 layers, the model 4"));
+  EXPECT_TRUE(IsInvalid(error_with({4, 9, 8, 2}), "the trace has 8 experts, the model 16"));
+  EXPECT_TRUE(
+      IsInvalid(error_with({4, 9, 16, 3}), "the trace has 3 experts per token, the model 2"));
 }
 
 // A copy of a golden model with its config changed.
