@@ -41,6 +41,12 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
 // fp32 parts of messages start at multiples of 4 bytes (wire.h).
 const float* AsFloats(const uint8_t* bytes) { return reinterpret_cast<const float*>(bytes); }
 
+std::vector<RankId> AllRanks(const Transport& transport) {
+  std::vector<RankId> ranks;
+  for (int rank = 0; rank < transport.size(); ++rank) ranks.push_back(RankId{rank});
+  return ranks;
+}
+
 }  // namespace
 
 absl::Status ValidateExchangeOptions(const ExchangeOptions& options) {
@@ -80,18 +86,26 @@ struct Exchange::Peer {
 };
 
 Exchange::Exchange(const ExchangeOptions& options, Transport* transport,
-                   const kernels::Kernels* kernels, kernels::Executor* executor)
+                   const kernels::Kernels* kernels, kernels::Executor* executor,
+                   std::vector<RankId> group)
     : options_(options),
       transport_(transport),
       kernels_(kernels),
       executor_(executor),
-      rank_(base::Index(transport->rank())),
-      peers_(transport->size()) {
+      group_(group.empty() ? AllRanks(*transport) : std::move(group)),
+      seat_(SeatOf(transport->rank())),
+      peers_(group_.size()) {
   TERNION_CHECK(ValidateExchangeOptions(options).ok());
   TERNION_CHECK(executor->threads != nullptr);
 }
 
 Exchange::~Exchange() = default;
+
+int Exchange::SeatOf(RankId rank) const {
+  const auto found = std::find(group_.begin(), group_.end(), rank);
+  TERNION_CHECK(found != group_.end());
+  return static_cast<int>(found - group_.begin());
+}
 
 bool Exchange::NeedsNormed() const { return IsFloat(options_.dispatch); }
 
@@ -111,27 +125,27 @@ absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const Dispatc
   dispatch_awaited_.clear();
   combine_awaited_.clear();
   for (Peer& peer : peers_) peer.rows = Peer::Rows::kAwaited;
-  peers_[rank_].rows = Peer::Rows::kReady;
+  peers_[seat_].rows = Peer::Rows::kReady;
   // Every rank starts behind itself, so that they do not all send to the same one at first.
-  for (int i = 1; i < transport_->size(); ++i) {
-    const int rank = (rank_ + i) % transport_->size();
-    TERNION_RETURN_IF_ERROR(SendDispatchTo(rank, normed));
-    dispatch_awaited_.push_back({RankId{rank}, Phase::kDispatch});
-    if (!PlannedRows(rank).empty()) combine_awaited_.push_back({RankId{rank}, Phase::kCombine});
+  for (int i = 1; i < size(); ++i) {
+    const int seat = (seat_ + i) % size();
+    TERNION_RETURN_IF_ERROR(SendDispatchTo(seat, normed));
+    dispatch_awaited_.push_back({group_[seat], Phase::kDispatch});
+    if (!PlannedRows(seat).empty()) combine_awaited_.push_back({group_[seat], Phase::kCombine});
   }
   sent_at_ = Clock::now();
   stage_ = Stage::kDispatchRecv;
   return absl::OkStatus();
 }
 
-absl::Status Exchange::SendDispatchTo(int rank, const float* normed) {
-  const std::span<const DispatchPlan::Row> rows = PlannedRows(rank);
-  const int64_t routes = PlannedRoutes(rank);
+absl::Status Exchange::SendDispatchTo(int seat, const float* normed) {
+  const std::span<const DispatchPlan::Row> rows = PlannedRows(seat);
+  const int64_t routes = PlannedRoutes(seat);
   const DispatchLayout layout(options_.dispatch, options_.hidden, rows.size(), routes);
   Message message = transport_->Acquire(layout.message_bytes);
   WriteDispatchMetadata(layout, rows, plan_.routes, codes_.scales, message.bytes());
   WriteRows(rows, normed, message.bytes().data() + layout.codes);
-  return Send(rank, HeaderOf(Phase::kDispatch, rows.size(), routes, layout.payload_bytes),
+  return Send(seat, HeaderOf(Phase::kDispatch, rows.size(), routes, layout.payload_bytes),
               std::move(message));
 }
 
@@ -207,19 +221,19 @@ absl::Status Exchange::Take(Arrival arrival) {
   // A peer that is ahead may return rows before this rank has sent back those of others.
   const bool sent = phase == Phase::kDispatch || stage_ == Stage::kCombineRecv;
   if (awaited.empty() && sent) meter().AddWire(phase, SecondsSince(sent_at_));
-  const int rank = base::Index(arrival.what.from);
-  return phase == Phase::kDispatch ? TakeDispatch(rank, std::move(arrival.message))
-                                   : TakeCombine(rank, std::move(arrival.message));
+  const int seat = SeatOf(arrival.what.from);
+  return phase == Phase::kDispatch ? TakeDispatch(seat, std::move(arrival.message))
+                                   : TakeCombine(seat, std::move(arrival.message));
 }
 
-absl::Status Exchange::TakeDispatch(int rank, Message message) {
-  Peer& peer = peers_[rank];
+absl::Status Exchange::TakeDispatch(int seat, Message message) {
+  Peer& peer = peers_[seat];
   peer.dispatch = std::move(message);
   TERNION_ASSIGN_OR_RETURN(
       peer.view, ReadDispatch(peer.dispatch.bytes(), HeaderOf(Phase::kDispatch, 0, 0, 0), options_,
-                              RankId{rank}));
+                              group_[seat]));
   peer.rows = Peer::Rows::kReady;
-  CountMessage(Direction::kReceived, rank,
+  CountMessage(Direction::kReceived, seat,
                HeaderOf(Phase::kDispatch, peer.view.num_rows(), 0, peer.view.payload_bytes()),
                peer.dispatch);
   if (peer.view.num_rows() > 0 && options_.dispatch != RowFormat::kInt8) WidenCodes(peer);
@@ -229,23 +243,23 @@ absl::Status Exchange::TakeDispatch(int rank, Message message) {
 // Routes that are here and not handed out.
 int64_t Exchange::ReadyRoutes() const {
   int64_t routes = 0;
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    const Peer& peer = peers_[rank];
+  for (int seat = 0; seat < size(); ++seat) {
+    const Peer& peer = peers_[seat];
     if (peer.rows != Peer::Rows::kReady) continue;
-    routes += rank == rank_ ? PlannedRoutes(rank) : peer.view.num_routes();
+    routes += seat == seat_ ? PlannedRoutes(seat) : peer.view.num_routes();
   }
   return routes;
 }
 
 void Exchange::HandOutReady() {
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    Peer& peer = peers_[rank];
+  for (int seat = 0; seat < size(); ++seat) {
+    Peer& peer = peers_[seat];
     peer.in_hand = peer.rows == Peer::Rows::kReady;
     if (!peer.in_hand) continue;
     peer.rows = Peer::Rows::kHandedOut;
     peer.first_row = received_.rows.size();
     peer.first_route = received_.routes.size();
-    if (rank == rank_) {
+    if (seat == seat_) {
       AppendOwnRows();
     } else {
       AppendRowsOf(peer);
@@ -304,7 +318,7 @@ void Exchange::AppendRowsOf(Peer& peer) {
 }
 
 void Exchange::AppendOwnRows() {
-  for (const DispatchPlan::Row& row : PlannedRows(rank_)) {
+  for (const DispatchPlan::Row& row : PlannedRows(seat_)) {
     received_.rows.push_back({.codes = codes_.codes + row.source * codes_.stride,
                               .scale = codes_.scales[row.source],
                               .first_route = static_cast<int32_t>(received_.routes.size()),
@@ -312,9 +326,9 @@ void Exchange::AppendOwnRows() {
     const auto routes = plan_.routes.begin() + row.first_route;
     received_.routes.insert(received_.routes.end(), routes, routes + row.num_routes);
   }
-  const int64_t rows = PlannedRows(rank_).size();
+  const int64_t rows = PlannedRows(seat_).size();
   const DispatchLayout layout(options_.dispatch, options_.hidden, rows, 0);
-  meter().Add(Direction::kSent, Phase::kDispatch, RankId{rank_},
+  meter().Add(Direction::kSent, Phase::kDispatch, group_[seat_],
               {.payload_bytes = layout.payload_bytes, .rows = rows});
 }
 
@@ -322,17 +336,17 @@ void Exchange::AppendOwnRows() {
 
 absl::Status Exchange::CombineSend(const float* outputs) {
   TERNION_CHECK(stage_ == Stage::kCombineSend);
-  for (int i = 0; i < transport_->size(); ++i) {
-    const int rank = (rank_ + i) % transport_->size();
-    Peer& peer = peers_[rank];
+  for (int i = 0; i < size(); ++i) {
+    const int seat = (seat_ + i) % size();
+    Peer& peer = peers_[seat];
     if (!peer.in_hand) continue;
     const int64_t first = options_.presum ? peer.first_row : peer.first_route;
     const float* rows = outputs + first * options_.hidden;
-    if (rank == rank_) {
+    if (seat == seat_) {
       peer.returned = rows;  // never encoded: own sums are not rounded
       CountOwnCombine();
     } else if (peer.view.num_rows() > 0) {
-      TERNION_RETURN_IF_ERROR(SendCombineTo(rank, rows));
+      TERNION_RETURN_IF_ERROR(SendCombineTo(seat, rows));
     }
   }
   sent_at_ = dispatch_awaited_.empty() ? Clock::now() : sent_at_;
@@ -341,14 +355,14 @@ absl::Status Exchange::CombineSend(const float* outputs) {
 }
 
 void Exchange::CountOwnCombine() {
-  const int64_t rows = PlannedRows(rank_).size();
-  const MessageHeader header = CombineHeader(rows, PlannedRoutes(rank_));
-  meter().Add(Direction::kSent, Phase::kCombine, RankId{rank_},
+  const int64_t rows = PlannedRows(seat_).size();
+  const MessageHeader header = CombineHeader(rows, PlannedRoutes(seat_));
+  meter().Add(Direction::kSent, Phase::kCombine, group_[seat_],
               {.payload_bytes = static_cast<int64_t>(header.payload_bytes), .rows = rows});
 }
 
-absl::Status Exchange::SendCombineTo(int rank, const float* rows) {
-  const DispatchView& view = peers_[rank].view;
+absl::Status Exchange::SendCombineTo(int seat, const float* rows) {
+  const DispatchView& view = peers_[seat].view;
   const MessageHeader header = CombineHeader(view.num_rows(), view.num_routes());
   Message message = transport_->Acquire(sizeof(header) + header.payload_bytes);
   kernels_->encode_rows({.x = rows,
@@ -358,7 +372,7 @@ absl::Status Exchange::SendCombineTo(int rank, const float* rows) {
                          .x_stride = options_.hidden,
                          .format = options_.combine},
                         *executor_);
-  return Send(rank, header, std::move(message));
+  return Send(seat, header, std::move(message));
 }
 
 absl::StatusOr<bool> Exchange::CombineReady() {
@@ -397,12 +411,12 @@ absl::Status Exchange::Flush() {
   return status;
 }
 
-absl::Status Exchange::TakeCombine(int rank, Message message) {
-  Peer& peer = peers_[rank];
+absl::Status Exchange::TakeCombine(int seat, Message message) {
+  Peer& peer = peers_[seat];
   peer.combine = std::move(message);
-  const MessageHeader expected = CombineHeader(PlannedRows(rank).size(), PlannedRoutes(rank));
-  TERNION_RETURN_IF_ERROR(CheckCombine(peer.combine.bytes(), expected, RankId{rank}));
-  CountMessage(Direction::kReceived, rank, expected, peer.combine);
+  const MessageHeader expected = CombineHeader(PlannedRows(seat).size(), PlannedRoutes(seat));
+  TERNION_RETURN_IF_ERROR(CheckCombine(peer.combine.bytes(), expected, group_[seat]));
+  CountMessage(Direction::kReceived, seat, expected, peer.combine);
   peer.returned = peer.combine.bytes().data() + sizeof(expected);
   return absl::OkStatus();
 }
@@ -410,16 +424,16 @@ absl::Status Exchange::TakeCombine(int rank, Message message) {
 // Calls visit(own row, term) for every row that came back, by rank.
 template <typename Visit>
 void Exchange::ForEachTerm(Visit&& visit) const {
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    const RowFormat format = rank == rank_ ? RowFormat::kFp32 : options_.combine;
+  for (int seat = 0; seat < size(); ++seat) {
+    const RowFormat format = seat == seat_ ? RowFormat::kFp32 : options_.combine;
     const int64_t row_bytes = kernels::EncodedRowBytes(format, options_.hidden);
-    const uint8_t* returned = static_cast<const uint8_t*>(peers_[rank].returned);
-    for (const DispatchPlan::Row& row : PlannedRows(rank)) {
+    const uint8_t* returned = static_cast<const uint8_t*>(peers_[seat].returned);
+    for (const DispatchPlan::Row& row : PlannedRows(seat)) {
       const int count = options_.presum ? 1 : row.num_routes;
       for (int i = 0; i < count; ++i, returned += row_bytes) {
         const Route& route = plan_.routes[row.first_route + i];
         visit(row.source, options_.presum
-                              ? Term{rank, {returned, format, 1}}
+                              ? Term{seat, {returned, format, 1}}
                               : Term{base::Index(route.expert), {returned, format, route.weight}});
       }
     }
@@ -445,14 +459,14 @@ void Exchange::CollectTerms() {
 
 // ---- Shared by both ways
 
-std::span<const DispatchPlan::Row> Exchange::PlannedRows(int rank) const {
-  const int32_t begin = plan_.rank_begin[rank];
-  return std::span(plan_.rows).subspan(begin, plan_.rank_begin[rank + 1] - begin);
+std::span<const DispatchPlan::Row> Exchange::PlannedRows(int seat) const {
+  const int32_t begin = plan_.rank_begin[seat];
+  return std::span(plan_.rows).subspan(begin, plan_.rank_begin[seat + 1] - begin);
 }
 
-int64_t Exchange::PlannedRoutes(int rank) const {
+int64_t Exchange::PlannedRoutes(int seat) const {
   int64_t routes = 0;
-  for (const DispatchPlan::Row& row : PlannedRows(rank)) routes += row.num_routes;
+  for (const DispatchPlan::Row& row : PlannedRows(seat)) routes += row.num_routes;
   return routes;
 }
 
@@ -477,15 +491,15 @@ MessageHeader Exchange::CombineHeader(int64_t rows, int64_t routes) const {
                   returned * kernels::EncodedRowBytes(options_.combine, options_.hidden));
 }
 
-absl::Status Exchange::Send(int rank, const MessageHeader& header, Message message) {
+absl::Status Exchange::Send(int seat, const MessageHeader& header, Message message) {
   SealMessage(header, message.bytes());
-  CountMessage(Direction::kSent, rank, header, message);
-  return transport_->Send(RankId{rank}, header.phase, std::move(message));
+  CountMessage(Direction::kSent, seat, header, message);
+  return transport_->Send(group_[seat], header.phase, std::move(message));
 }
 
-void Exchange::CountMessage(Direction direction, int rank, const MessageHeader& header,
+void Exchange::CountMessage(Direction direction, int seat, const MessageHeader& header,
                             const Message& message) {
-  meter().Add(direction, header.phase, RankId{rank},
+  meter().Add(direction, header.phase, group_[seat],
               {.payload_bytes = static_cast<int64_t>(header.payload_bytes),
                .message_bytes = static_cast<int64_t>(message.size_bytes),
                .messages = 1,

@@ -91,9 +91,10 @@ absl::Status ValidateExchangeOptions(const ExchangeOptions& options);
 class Exchange {
  public:
   // `options` are valid and equal on all ranks. `transport`, `kernels` and `executor` (with
-  // threads) outlive the exchange.
+  // threads) outlive the exchange. `group`: the ranks among which it is, this one too; empty: all.
+  // Plans number the ranks of a group by their seats, 0 to its size - 1.
   Exchange(const ExchangeOptions& options, Transport* transport, const kernels::Kernels* kernels,
-           kernels::Executor* executor);
+           kernels::Executor* executor, std::vector<RankId> group = {});
   ~Exchange();
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
@@ -134,6 +135,7 @@ class Exchange {
   absl::Status Flush();
 
   bool NeedsNormed() const;
+  int size() const { return static_cast<int>(group_.size()); }  // ranks in the group
   const ExchangeOptions& options() const { return options_; }
 
  private:
@@ -141,38 +143,39 @@ class Exchange {
   struct Peer;
   // One summand of an own row; summands are added in ascending `order`.
   struct Term {
-    int32_t order = 0;  // rank, or expert id without presum
+    int32_t order = 0;  // seat, or expert id without presum
     kernels::RowTerm row;
   };
   using Clock = std::chrono::steady_clock;
 
-  absl::Status SendDispatchTo(int rank, const float* normed);
+  absl::Status SendDispatchTo(int seat, const float* normed);
   void WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed, uint8_t* out);
-  absl::Status TakeDispatch(int rank, Message message);
+  absl::Status TakeDispatch(int seat, Message message);
   void WidenCodes(Peer& peer);
   int64_t ReadyRoutes() const;
   void HandOutReady();
   void AppendRowsOf(Peer& peer);
   void AppendOwnRows();
+  int SeatOf(RankId rank) const;
 
   absl::Status Wait(Exchange* other);
   absl::Status Take(Arrival arrival);
   bool Awaits(const Awaited& what) const;
   bool IsBack() const { return combine_awaited_.empty(); }
 
-  absl::Status SendCombineTo(int rank, const float* rows);
-  absl::Status TakeCombine(int rank, Message message);
+  absl::Status SendCombineTo(int seat, const float* rows);
+  absl::Status TakeCombine(int seat, Message message);
   void CollectTerms();
   template <typename Visit>
   void ForEachTerm(Visit&& visit) const;
 
-  std::span<const DispatchPlan::Row> PlannedRows(int rank) const;
-  int64_t PlannedRoutes(int rank) const;
+  std::span<const DispatchPlan::Row> PlannedRows(int seat) const;
+  int64_t PlannedRoutes(int seat) const;
   MessageHeader HeaderOf(Phase phase, int64_t rows, int64_t routes, int64_t payload_bytes) const;
   MessageHeader CombineHeader(int64_t rows, int64_t routes) const;
-  absl::Status Send(int rank, const MessageHeader& header, Message message);
+  absl::Status Send(int seat, const MessageHeader& header, Message message);
   void CountOwnCombine();
-  void CountMessage(Direction direction, int rank, const MessageHeader& header,
+  void CountMessage(Direction direction, int seat, const MessageHeader& header,
                     const Message& message);
   TrafficMeter& meter() { return transport_->traffic(); }
 
@@ -180,7 +183,8 @@ class Exchange {
   Transport* const transport_;
   const kernels::Kernels* const kernels_;
   kernels::Executor* const executor_;
-  const int rank_;
+  const std::vector<RankId> group_;  // [seat]
+  const int seat_;                   // this rank's
 
   // The layer in progress.
   Stage stage_ = Stage::kDispatchSend;  // the call that must come next
@@ -190,7 +194,7 @@ class Exchange {
   kernels::QuantizedRows codes_;  // the caller's
   std::vector<int32_t> sources_;  // rows of the batch that go into one message
   ReceivedRows received_;
-  std::vector<Peer> peers_;                // [size], this rank's own among them
+  std::vector<Peer> peers_;                // [seat], this rank's own among them
   std::vector<Awaited> dispatch_awaited_;  // messages that are still to come
   std::vector<Awaited> combine_awaited_;
   std::vector<Awaited> awaited_;  // what Wait looks for

@@ -61,11 +61,16 @@ float* OutputsFor(const comm::ReceivedRows& received, bool presum, int64_t hidde
   return room.data();
 }
 
+// The exchange whose CombineRecv ends the batch's layer.
+comm::Exchange& ReturnOf(MicroBatch& batch) {
+  return batch.hierarchical == nullptr ? batch.exchange : batch.hierarchical->across();
+}
+
 // Between two pieces of work: messages move on, and so does the travelling micro-batch once it is
 // back.
 absl::Status LookAfter(MoeContext& ctx, TravellingBatch& travelling) {
   if (travelling.carried_on) return ctx.transport->TryReceive({}).status();
-  TERNION_ASSIGN_OR_RETURN(const bool back, travelling.batch->exchange.CombineReady());
+  TERNION_ASSIGN_OR_RETURN(const bool back, ReturnOf(*travelling.batch).CombineReady());
   if (!back) return absl::OkStatus();
   travelling.carried_on = true;
   return travelling.carry_on();
@@ -87,9 +92,21 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       experts(options.max_rows * gate.top_k),
       weights(options.max_rows * gate.top_k) {}
 
+void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
+                              const Placement& placement) {
+  for (MicroBatch& batch : micro_batches) {
+    batch.hierarchical = std::make_unique<HierarchicalExchange>(options, layout, placement,
+                                                                transport, kernels, executor);
+  }
+}
+
 absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
                          const MoeInput& input, MoeContext& ctx, MicroBatch& batch) {
   const GateChoice choice = ChooseExperts(weights.gate, input, ctx);
+  if (batch.hierarchical != nullptr) {
+    return batch.hierarchical->DispatchSend(input.step, input.layer, choice, input.codes,
+                                            input.normed);
+  }
   const comm::DispatchPlan& plan = PlanDispatch(placement, static_cast<int>(input.layer),
                                                 ctx.transport->rank(), choice, ctx.routing);
   return batch.exchange.DispatchSend(input.step, input.layer, plan, input.codes, input.normed);
@@ -98,9 +115,21 @@ absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placem
 absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBatch& batch,
                         TravellingBatch* travelling) {
   TERNION_CHECK(batch.alone == (travelling == nullptr));
-  const int64_t min_routes = kComputeBoundRows * std::max(weights.shard.num_experts_here(), 1);
+  const bool presum = batch.exchange.options().presum;
   const auto look_after = [&] { return LookAfter(ctx, *travelling); };
   const absl::FunctionRef<absl::Status()> between = look_after;
+  const auto run = [&](const comm::ReceivedRows& received, float* outputs) -> absl::Status {
+    TERNION_RETURN_IF_ERROR(CheckHeld(weights.shard, received));
+    if (batch.alone) TERNION_RETURN_IF_ERROR(batch.exchange.Flush());
+    const ShardWork work = {.config = &weights.ffn,
+                            .received = &received,
+                            .presum = presum,
+                            .outputs = outputs,
+                            .between = batch.alone ? nullptr : &between};
+    return weights.shard.Run(*ctx.kernels, *ctx.executor, work, ctx.shard);
+  };
+  if (batch.hierarchical != nullptr) return batch.hierarchical->RunExperts(run);
+  const int64_t min_routes = kComputeBoundRows * std::max(weights.shard.num_experts_here(), 1);
   for (size_t arrival = 0;; ++arrival) {
     const bool other_travels = !batch.alone && !travelling->carried_on;
     TERNION_ASSIGN_OR_RETURN(
@@ -112,22 +141,15 @@ absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBa
       TERNION_RETURN_IF_ERROR(look_after());
       continue;
     }
-    TERNION_RETURN_IF_ERROR(CheckHeld(weights.shard, *received));
-    if (batch.alone) TERNION_RETURN_IF_ERROR(batch.exchange.Flush());
-    const bool presum = batch.exchange.options().presum;
-    const ShardWork work = {
-        .config = &weights.ffn,
-        .received = received,
-        .presum = presum,
-        .outputs = OutputsFor(*received, presum, weights.ffn.hidden, batch.outputs, arrival),
-        .between = batch.alone ? nullptr : &between};
-    TERNION_RETURN_IF_ERROR(weights.shard.Run(*ctx.kernels, *ctx.executor, work, ctx.shard));
-    TERNION_RETURN_IF_ERROR(batch.exchange.CombineSend(work.outputs));
+    float* const outputs =
+        OutputsFor(*received, presum, weights.ffn.hidden, batch.outputs, arrival);
+    TERNION_RETURN_IF_ERROR(run(*received, outputs));
+    TERNION_RETURN_IF_ERROR(batch.exchange.CombineSend(outputs));
   }
 }
 
 absl::Status MoeCombine(MicroBatch& batch, float* hidden) {
-  TERNION_RETURN_IF_ERROR(batch.exchange.CombineRecv(hidden));
+  TERNION_RETURN_IF_ERROR(ReturnOf(batch).CombineRecv(hidden));
   // The next layer's attention runs next; with two micro-batches, experts look after both.
   return batch.alone ? batch.exchange.Flush() : absl::OkStatus();
 }

@@ -6,11 +6,13 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "comm/exchange.h"
+#include "experts/hierarchical_exchange.h"
 #include "experts/placement.h"
 #include "experts/routing.h"
 #include "experts/shard.h"
@@ -34,7 +36,8 @@ struct MoeLayerWeights {
 // Rows that go through the layers together.
 struct MicroBatch {
   comm::Exchange exchange;
-  bool alone = true;  // no other micro-batch is under way
+  std::unique_ptr<HierarchicalExchange> hierarchical{};  // in place of exchange, if there is one
+  bool alone = true;                                     // no other micro-batch is under way
   // What goes back, one array for each time that rows arrived in a layer; they grow to the most
   // rows (or routes) received.
   std::vector<base::Array<float>> outputs{};
@@ -46,6 +49,10 @@ struct MoeContext {
   MoeContext(const GateConfig& gate, const comm::ExchangeOptions& options, int64_t intermediate,
              comm::Transport* transport, const kernels::Kernels* kernels,
              kernels::Executor* executor);
+
+  // From now on rows cross between nodes once per (token, node). `options` as above.
+  void UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
+                    const Placement& placement);
 
   const GateConfig gate;
   comm::Transport* const transport;

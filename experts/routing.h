@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "comm/exchange.h"
 #include "experts/placement.h"
 
@@ -22,10 +23,11 @@ struct RoutingWorkspace {
   // One route of a row, with its destination.
   struct Destination {
     RankId rank;
+    int32_t row = 0;
     comm::Route route;
   };
   comm::DispatchPlan plan;
-  std::vector<Destination> routes;  // [num_rows, top_k], each row sorted by (rank, expert)
+  std::vector<Destination> routes;  // by row, each row sorted by (rank, expert)
   std::vector<int32_t> route_next;  // per rank: where its next route goes
   std::vector<int32_t> row_next;    // per rank: where its next row goes
 };
@@ -36,5 +38,11 @@ struct RoutingWorkspace {
 // the load. Returns workspace.plan, which follows from the other arguments alone.
 const comm::DispatchPlan& PlanDispatch(const Placement& placement, int layer, RankId self,
                                        const GateChoice& choice, RoutingWorkspace& workspace);
+
+// Where rows that arrived for a node go inside it. `seats`: [expert] the seats that hold it, of
+// `num_seats`; replicas take turns. InvalidArgument names an expert that has none.
+absl::StatusOr<const comm::DispatchPlan*> PlanFanOut(const LayerRanks& seats, int num_seats,
+                                                     const comm::ReceivedRows& rows,
+                                                     RoutingWorkspace& workspace);
 
 }  // namespace ternion::experts

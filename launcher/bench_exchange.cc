@@ -64,10 +64,11 @@ struct CaseResult {
   }
   double MessageBytes() const { return PerToken(Sum("message_bytes")); }
   double PayloadBytes() const { return PerToken(Sum("payload_bytes")); }
+  double InterNodeBytes() const { return PerToken(static_cast<double>(inter_node_bytes)); }
   double NicBytes() const { return PerToken(static_cast<double>(nic_sent_bytes)); }
 };
 
-std::vector<WireCase> Cases(bool several_ranks) {
+std::vector<WireCase> Cases(bool several_ranks, bool hierarchical) {
   const RowFormat int4 = RowFormat::kInt4, int8 = RowFormat::kInt8, bf16 = RowFormat::kBf16;
   std::vector<WireCase> cases = {
       {int4, int4}, {int4, int8}, {int4, bf16}, {int8, int4},
@@ -78,6 +79,10 @@ std::vector<WireCase> Cases(bool several_ranks) {
   cases.push_back({int4, int4, RowSet::kOncePerRank, true, "balanced"});
   cases.push_back({int4, int4, RowSet::kOncePerRank, true, "local"});
   cases.push_back({bf16, bf16, RowSet::kOncePerExpert});
+  if (hierarchical) {
+    cases.push_back({int4, int4});
+    cases.back().hierarchical = true;
+  }
   if (several_ranks) {
     cases.push_back({bf16, bf16, RowSet::kToAllRanks});
     cases.push_back({int4, int4});
@@ -302,6 +307,10 @@ class Report {
   Json ToJson(const std::vector<CaseResult>& results) const;
   absl::Status WriteMatrix(const std::vector<CaseResult>& results) const;
   bool several_nodes() const { return num_nodes_ > 1; }
+  // Several nodes, of several ranks each, equally many.
+  bool has_hierarchy() const {
+    return several_nodes() && layout_.ok() && layout_->inside.size() > 1;
+  }
 
   const BenchExchangeOptions& options_;
   World& world_;
@@ -309,6 +318,7 @@ class Report {
   experts::RoutingTrace trace_;
   std::string routing_;
   int num_nodes_ = 1;
+  absl::StatusOr<experts::NodeLayout> layout_;
   std::vector<std::string> interfaces_;
   std::map<std::string, experts::Placement> placements_;
   std::map<std::string, experts::PlacementStatistics> statistics_;
@@ -397,6 +407,7 @@ absl::Status Report::Prepare() {
     }
   }
   const comm::Transport& transport = world_.transport();
+  layout_ = experts::NodeLayout::Make(transport);
   std::vector<int> nodes;
   for (int rank = 0; rank < transport.size(); ++rank) {
     nodes.push_back(transport.NodeOf(base::RankId{rank}));
@@ -435,6 +446,7 @@ absl::StatusOr<CaseResult> Report::RunCase(const WireCase& wire, int64_t tokens)
   const ExchangeSetup setup = {.hidden = shape_.hidden,
                                .tokens_per_rank = tokens,
                                .trace = &trace_,
+                               .layout = has_hierarchy() ? &*layout_ : nullptr,
                                .num_layers = trace_.shape.num_layers,
                                .interfaces = interfaces_};
   ExchangeCase exchange(wire, placements_.at(wire.placement), setup, world_);
@@ -451,7 +463,7 @@ absl::Status Report::Run() {
   if (world_.is_root()) PrintHeader();
   for (int64_t tokens : options_.tokens) {
     if (world_.is_root()) PrintLadderHeader(tokens);
-    for (const WireCase& wire : Cases(world_.transport().size() > 1)) {
+    for (const WireCase& wire : Cases(world_.transport().size() > 1, has_hierarchy())) {
       TERNION_ASSIGN_OR_RETURN(CaseResult result, RunCase(wire, tokens));
       if (!world_.is_root()) continue;
       PrintCase(result);
@@ -487,8 +499,8 @@ void Report::PrintHeader() const {
 void Report::PrintLadderHeader(int64_t tokens) const {
   absl::PrintF("\n# %d token%s per rank; kB per token and layer; time of one layer's exchange\n",
                tokens, tokens == 1 ? "" : "s");
-  absl::PrintF("%-38s %8s %8s %8s %7s %9s %9s %9s %8s\n", "# dispatch/combine", "payload",
-               "message", "NIC", "floor", "p50 us", "p90 us", "p99 us", "quality");
+  absl::PrintF("%-38s %8s %8s %8s %8s %7s %9s %9s %9s %8s\n", "# dispatch/combine", "payload",
+               "message", "inter", "NIC", "floor", "p50 us", "p90 us", "p99 us", "quality");
   std::fflush(stdout);
 }
 
@@ -496,8 +508,8 @@ void Report::PrintCase(const CaseResult& result) const {
   const double message = result.MessageBytes();
   const double floor = FloorBytes(result, shape_.hidden);
   const std::optional<double> quality = QualityChange(ladders_, result.wire);
-  absl::PrintF("%-38s %8.2f %8.2f %8s %6.1f%% %9.0f %9.0f %9.0f %8s%s\n", result.wire.Name(),
-               result.PayloadBytes() * 1e-3, message * 1e-3,
+  absl::PrintF("%-38s %8.2f %8.2f %8.2f %8s %6.1f%% %9.0f %9.0f %9.0f %8s%s\n", result.wire.Name(),
+               result.PayloadBytes() * 1e-3, message * 1e-3, result.InterNodeBytes() * 1e-3,
                several_nodes() ? absl::StrFormat("%.2f", result.NicBytes() * 1e-3) : "-",
                message > 0 ? 100 * floor / message : 100, Percentile(result.total_us, 0.5),
                Percentile(result.total_us, 0.9), Percentile(result.total_us, 0.99),
@@ -515,9 +527,9 @@ double PayloadBytes(const SizedWire& wire, const CaseResult& of, int64_t hidden)
 
 void Report::PrintSizes(const CaseResult& of) const {
   for (const SizedWire& wire : kSizedWires) {
-    absl::PrintF("%-38s %8.2f %8s %8s %7s %9s %9s %9s %8s\n", wire.name,
+    absl::PrintF("%-38s %8.2f %8s %8s %8s %7s %9s %9s %9s %8s\n", wire.name,
                  ternion::launcher::PayloadBytes(wire, of, shape_.hidden) * 1e-3, "-", "-", "-",
-                 "-", "-", "-", "-");
+                 "-", "-", "-", "-", "-");
   }
 }
 
@@ -539,12 +551,15 @@ std::vector<Factor> Factors() {
       {"dedup", with(int4, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), int4},
       {"dedup, at bf16", with(bf16, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), bf16},
       {"local pre-sum", with(int4, [](auto& w) { w.presum = false; }), int4},
+      {"once per node", int4, with(int4, [](auto& w) { w.hierarchical = true; })},
       {"own messages, not alltoallv", with(int4, [](auto& w) { w.all_to_all = true; }), int4},
       {"placement balanced", int4, with(int4, [](auto& w) { w.placement = "balanced"; })},
       {"placement local", int4, with(int4, [](auto& w) { w.placement = "local"; })},
       {"precision and dedup", with(bf16, [](auto& w) { w.rows = RowSet::kOncePerExpert; }), int4},
   };
 }
+
+Json Ratio(double a, double b) { return b > 0 ? Json(a / b) : Json(); }
 
 Json FactorsJson(const std::vector<CaseResult>& results, int64_t tokens) {
   Json factors = Json::array();
@@ -557,6 +572,7 @@ Json FactorsJson(const std::vector<CaseResult>& results, int64_t tokens) {
          {"from", factor.without.Name()},
          {"to", factor.with.Name()},
          {"bytes", without->MessageBytes() / with->MessageBytes()},
+         {"inter_node_bytes", Ratio(without->InterNodeBytes(), with->InterNodeBytes())},
          {"time", Percentile(without->total_us, 0.5) / Percentile(with->total_us, 0.5)}});
   }
   return factors;
@@ -604,7 +620,7 @@ Json Report::CaseJson(const CaseResult& result) const {
       {"per_token_and_layer",
        {{"payload_bytes", result.PayloadBytes()},
         {"message_bytes", result.MessageBytes()},
-        {"inter_node_bytes", result.PerToken(static_cast<double>(result.inter_node_bytes))},
+        {"inter_node_bytes", result.InterNodeBytes()},
         {"nic_bytes", result.NicBytes()},
         {"floor_bytes", floor},
         {"bottleneck_link_bytes", result.PerToken(static_cast<double>(result.bottleneck_bytes))}}},

@@ -71,6 +71,13 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
                   "KV cache of one rank, in tokens (default: what a quarter of the memory holds)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   command
+      .add_option(
+          "--exchange", flags.exchange,
+          "direct: every rank with every other; hierarchical: rows cross between nodes once "
+          "and fan out inside (not with --wire exact)")
+      ->check(CLI::IsMember({"direct", "hierarchical"}))
+      ->capture_default_str();
+  command
       .add_option("--micro-batches", flags.micro_batches,
                   "2: a step's rows go through the layers in two halves, so that one travels "
                   "while the other is worked on")
@@ -86,6 +93,10 @@ absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags) {
     TERNION_ASSIGN_OR_RETURN(wire.dispatch, comm::ParseRowFormat(flags.wire_dispatch));
   }
   TERNION_ASSIGN_OR_RETURN(wire.combine, comm::ParseRowFormat(flags.wire_combine));
+  if (wire.exact && flags.exchange == "hierarchical") {
+    return absl::InvalidArgumentError(
+        "--wire exact sums at the owner, --exchange hierarchical on every node: choose one");
+  }
   if (wire.exact) wire.combine = comm::RowFormat::kFp32;
   return wire;
 }
@@ -103,6 +114,7 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.wire = *wire;
   options.kv = kernels::ParseKvFormat(flags.kv);  // "auto" is none
   options.kv_tokens = flags.kv_tokens;
+  options.hierarchical = flags.exchange == "hierarchical";
   options.micro_batches = flags.micro_batches;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;

@@ -22,6 +22,7 @@ struct EngineFlags {
   std::string trace;
   std::string kv = "auto";
   int64_t kv_tokens = 0;
+  std::string exchange = "direct";
   int micro_batches = 1;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "base/checked.h"
@@ -36,20 +37,16 @@ comm::ExchangeOptions OptionsOf(const WireCase& wire, const ExchangeSetup& setup
       .num_experts = shape.num_experts};
 }
 
-// The tokens of a rank are consecutive ones of the trace, which starts again at its end.
-DispatchPlan PlanOf(const experts::Placement& placement, const ExchangeSetup& setup, int layer,
-                    comm::RankId self) {
+// The experts of a rank's tokens, [tokens, top_k]. These are consecutive ones of the trace, which
+// starts again at its end.
+std::vector<int32_t> ExpertsOf(const ExchangeSetup& setup, int layer, comm::RankId self) {
   const experts::RoutingTrace& trace = *setup.trace;
-  const int top_k = trace.shape.top_k;
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < setup.tokens_per_rank; ++i) {
     const int64_t token = base::Index(self) * setup.tokens_per_rank + i;
     for (uint16_t id : trace.ExpertsOf(layer, token % trace.shape.num_tokens)) ids.push_back(id);
   }
-  const std::vector<float> weights(ids.size(), 1.0f / static_cast<float>(top_k));
-  experts::RoutingWorkspace workspace;
-  return PlanDispatch(placement, layer, self,
-                      {ids.data(), weights.data(), setup.tokens_per_rank, top_k}, workspace);
+  return ids;
 }
 
 DispatchPlan OneRowPerExpert(const DispatchPlan& plan) {
@@ -127,6 +124,7 @@ std::string WireCase::Name() const {
   if (rows == RowSet::kOncePerExpert) absl::StrAppend(&name, ", no dedup");
   if (rows == RowSet::kToAllRanks) absl::StrAppend(&name, ", allgather");
   if (!presum) absl::StrAppend(&name, ", no pre-sum");
+  if (hierarchical) absl::StrAppend(&name, ", hierarchical");
   if (all_to_all) absl::StrAppend(&name, ", alltoallv");
   if (placement != "contiguous") absl::StrAppend(&name, ", ", placement);
   return name;
@@ -146,8 +144,17 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
       remote_codes_(setup.tokens_per_rank, setup.hidden),
       out_(setup.tokens_per_rank * setup.hidden) {
   const comm::RankId self = world.transport().rank();
+  const int top_k = setup.trace->shape.top_k;
+  weights_.assign(setup.tokens_per_rank * top_k, 1.0f / static_cast<float>(top_k));
+  if (wire.hierarchical) {
+    hierarchical_ = std::make_unique<experts::HierarchicalExchange>(
+        exchange_.options(), *setup.layout, placement, &transport_, world.resources().kernels,
+        world.resources().executor);
+  }
   for (int layer = 0; layer < setup.num_layers; ++layer) {
-    AddPlan(PlanOf(placement, setup, layer, self));
+    ids_.push_back(ExpertsOf(setup, layer, self));
+    experts::RoutingWorkspace workspace;
+    AddPlan(PlanDispatch(placement, layer, self, ChoiceOf(layer), workspace));
   }
   for (size_t i = 0; i < rows_.size(); ++i) {
     const uint64_t bits = base::RandomBits(base::Index(self), i) >> 40;
@@ -167,6 +174,10 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
   quantize(remote_codes_);
 }
 
+experts::GateChoice ExchangeCase::ChoiceOf(int layer) const {
+  return {ids_[layer].data(), weights_.data(), setup_.tokens_per_rank, setup_.trace->shape.top_k};
+}
+
 // `plan` sends a token once to every rank.
 void ExchangeCase::AddPlan(DispatchPlan plan) {
   const int self = base::Index(world_.transport().rank());
@@ -182,32 +193,53 @@ void ExchangeCase::AddPlan(DispatchPlan plan) {
   plans_.push_back(std::move(plan));
 }
 
-void ExchangeCase::RunExperts(const comm::ReceivedRows& received) {
+void ExchangeCase::RunExperts(const comm::ReceivedRows& received, float* outputs) const {
   const int64_t hidden = setup_.hidden;
-  const size_t count = wire_.presum ? received.rows.size() : received.routes.size();
-  if (outputs_.size() < count * hidden) outputs_ = base::Array<float>(count * hidden);
   for (size_t i = 0; i < received.rows.size(); ++i) {
     const comm::ReceivedRow& row = received.rows[i];
     const auto routes = std::span(received.routes).subspan(row.first_route, row.num_routes);
     if (wire_.presum) {
-      Scale(row.codes, row.scale * FactorOf(routes), hidden, &outputs_[i * hidden]);
+      Scale(row.codes, row.scale * FactorOf(routes), hidden, outputs + i * hidden);
       continue;
     }
     for (int32_t j = 0; j < row.num_routes; ++j) {
       Scale(row.codes, row.scale * FactorOf(routes[j].expert), hidden,
-            &outputs_[(row.first_route + j) * hidden]);
+            outputs + (row.first_route + j) * hidden);
     }
   }
 }
 
+// As Exchange. The work on the way counts as dispatch.
+absl::Status ExchangeCase::ExchangeByNode(int layer, bool fresh_outputs, CaseRun* run) {
+  const Clock::time_point start = Clock::now();
+  TERNION_RETURN_IF_ERROR(hierarchical_->DispatchSend(
+      step_++, layer, ChoiceOf(layer), codes_.rows(setup_.tokens_per_rank), rows_.data()));
+  const auto run_experts = [&](const comm::ReceivedRows& received, float* outputs) {
+    if (fresh_outputs) RunExperts(received, outputs);
+    return absl::OkStatus();
+  };
+  TERNION_RETURN_IF_ERROR(hierarchical_->RunExperts(run_experts));
+  if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
+  const Clock::time_point combine_start = Clock::now();
+  TERNION_RETURN_IF_ERROR(hierarchical_->CombineRecv(out_.data()));
+  if (run != nullptr) run->combine_us.push_back(MicrosecondsSince(combine_start));
+  return absl::OkStatus();
+}
+
 absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run) {
+  if (hierarchical_ != nullptr) return ExchangeByNode(layer, fresh_outputs, run);
   const Clock::time_point start = Clock::now();
   TERNION_RETURN_IF_ERROR(exchange_.DispatchSend(
       step_++, layer, plans_[layer], codes_.rows(setup_.tokens_per_rank), rows_.data()));
   if (wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());
   TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, exchange_.DispatchRecv());
   if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
-  if (received != nullptr && fresh_outputs) RunExperts(*received);
+  if (received != nullptr && fresh_outputs) {
+    const size_t count = wire_.presum ? received->rows.size() : received->routes.size();
+    const size_t floats = count * setup_.hidden;
+    if (outputs_.size() < floats) outputs_ = base::Array<float>(floats);
+    RunExperts(*received, outputs_.data());
+  }
   const Clock::time_point combine_start = Clock::now();
   if (received != nullptr) {
     TERNION_RETURN_IF_ERROR(exchange_.CombineSend(outputs_.data()));
@@ -219,44 +251,53 @@ absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run)
   return absl::OkStatus();
 }
 
-// The sums of own rows, rank by rank (or, without pre-sum, expert by expert) and by themselves.
-std::vector<float> ExchangeCase::Expected(int layer) {
-  const int64_t hidden = setup_.hidden;
-  const DispatchPlan& plan = plans_[layer];
-  const int self = base::Index(world_.transport().rank());
-  const auto own = codes_.rows(setup_.tokens_per_rank);
-  const auto remote = remote_codes_.rows(setup_.tokens_per_rank);
-  std::vector<float> out(out_.size());
-  std::vector<float> term(hidden);
-  struct Summand {
-    int32_t order, rank;
-    const DispatchPlan::Row* row;
-    std::span<const comm::Route> routes;
-  };
+// What is added onto own rows: by row, in the order of the sum.
+std::vector<ExchangeCase::Summand> ExchangeCase::SummandsOf(const DispatchPlan& plan) const {
   std::vector<Summand> summands;
   for (int rank = 0; rank + 1 < static_cast<int>(plan.rank_begin.size()); ++rank) {
+    const int place = wire_.hierarchical ? setup_.layout->node_of[rank] : rank;
     for (int32_t i = plan.rank_begin[rank]; i < plan.rank_begin[rank + 1]; ++i) {
       const DispatchPlan::Row& row = plan.rows[i];
       const auto routes = std::span(plan.routes).subspan(row.first_route, row.num_routes);
-      if (wire_.presum) summands.push_back({rank, rank, &row, routes});
-      for (int32_t j = 0; j < row.num_routes && !wire_.presum; ++j) {
-        summands.push_back({base::Index(routes[j].expert), rank, &row, routes.subspan(j, 1)});
+      if (wire_.presum) summands.push_back({row.source, place, place, FactorOf(routes), 1});
+      for (size_t j = 0; j < routes.size() && !wire_.presum; ++j) {
+        summands.push_back({row.source, base::Index(routes[j].expert), place,
+                            FactorOf(routes[j].expert), routes[j].weight});
       }
     }
   }
-  std::stable_sort(summands.begin(), summands.end(),
-                   [](const Summand& a, const Summand& b) { return a.order < b.order; });
-  for (const Summand& summand : summands) {
-    const bool at_home = summand.rank == self;
-    const kernels::QuantizedRows& codes = at_home ? own : remote;
-    const int64_t source = summand.row->source;
-    const float factor =
-        wire_.presum ? FactorOf(summand.routes) : FactorOf(summand.routes[0].expert);
-    Scale(codes.codes + source * codes.stride, codes.scales[source] * factor, hidden, term.data());
+  std::stable_sort(summands.begin(), summands.end(), [](const Summand& a, const Summand& b) {
+    return std::tie(a.source, a.order) < std::tie(b.source, b.order);
+  });
+  return summands;
+}
+
+// The sums of own rows, computed here.
+std::vector<float> ExchangeCase::Expected(int layer) {
+  const int64_t hidden = setup_.hidden;
+  const int self = base::Index(world_.transport().rank());
+  const int home = wire_.hierarchical ? setup_.layout->node_of[self] : self;
+  std::vector<float> out(out_.size()), one(hidden), term(hidden);
+  const std::vector<Summand> summands = SummandsOf(plans_[layer]);
+  for (size_t i = 0; i < summands.size(); ++i) {
+    const Summand& summand = summands[i];
+    const bool at_home = summand.place == home;
+    const kernels::QuantizedRows codes =
+        (at_home ? codes_ : remote_codes_).rows(setup_.tokens_per_rank);
+    Scale(codes.codes + summand.source * codes.stride,
+          codes.scales[summand.source] * summand.factor, hidden, one.data());
+    // The ranks of a node add up before they return.
+    const auto joins = [&](size_t a, size_t b) {
+      return wire_.hierarchical && b < summands.size() &&
+             summands[a].source == summands[b].source && summands[a].place == summands[b].place;
+    };
+    for (int64_t j = 0; j < hidden; ++j) {
+      term[j] = i > 0 && joins(i - 1, i) ? term[j] + one[j] : one[j];
+    }
+    if (joins(i, i + 1)) continue;
     if (!at_home) Travel(world_.resources(), wire_.combine, hidden, term);
-    const float weight = wire_.presum ? 1.0f : summand.routes[0].weight;
-    float* const sum = &out[source * hidden];
-    for (int64_t i = 0; i < hidden; ++i) sum[i] += weight * term[i];
+    float* const sum = &out[summand.source * hidden];
+    for (int64_t j = 0; j < hidden; ++j) sum[j] += summand.weight * term[j];
   }
   return out;
 }

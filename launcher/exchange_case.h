@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "comm/all_to_all.h"
 #include "comm/exchange.h"
+#include "experts/hierarchical_exchange.h"
 #include "experts/placement.h"
 #include "experts/routing.h"
 #include "experts/trace.h"
@@ -30,7 +31,8 @@ struct WireCase {
   RowSet rows = RowSet::kOncePerRank;
   bool presum = true;
   std::string placement = "contiguous";
-  bool all_to_all = false;  // all messages of a phase at once, by MPI_Alltoallv
+  bool hierarchical = false;  // once per node, then inside
+  bool all_to_all = false;    // all messages of a phase at once, by MPI_Alltoallv
 
   std::string Name() const;  // "int4/int4, no dedup"
 };
@@ -40,7 +42,8 @@ struct ExchangeSetup {
   int64_t hidden = 0;
   int64_t tokens_per_rank = 0;
   const experts::RoutingTrace* trace = nullptr;
-  int num_layers = 0;  // of the trace, used in turn
+  const experts::NodeLayout* layout = nullptr;  // for hierarchical wires
+  int num_layers = 0;                           // of the trace, used in turn
   std::vector<std::string>
       interfaces;  // whose bytes this rank counts: its node's, on one rank each
 };
@@ -77,7 +80,18 @@ class ExchangeCase {
   void AddPlan(comm::DispatchPlan plan);
   absl::Status Time(int iterations, CaseRun* run);
   absl::Status Exchange(int layer, bool fresh_outputs, CaseRun* run);
-  void RunExperts(const comm::ReceivedRows& received);
+  absl::Status ExchangeByNode(int layer, bool fresh_outputs, CaseRun* run);
+  experts::GateChoice ChoiceOf(int layer) const;
+  void RunExperts(const comm::ReceivedRows& received, float* outputs) const;
+  // One row that is added onto an own row.
+  struct Summand {
+    int32_t source = 0;  // own row
+    int32_t order = 0;   // ascending in the sum
+    int32_t place = 0;   // the rank (or node) that returns it
+    float factor = 0;    // of the row's codes, times their scale
+    float weight = 0;    // by which the owner multiplies it
+  };
+  std::vector<Summand> SummandsOf(const comm::DispatchPlan& plan) const;
   std::vector<float> Expected(int layer);
 
   const WireCase wire_;
@@ -86,7 +100,10 @@ class ExchangeCase {
   comm::AllToAllTransport collective_;  // used when the wire says so
   comm::Transport& transport_;
   comm::Exchange exchange_;
-  std::vector<comm::DispatchPlan> plans_;  // [layer]
+  std::unique_ptr<experts::HierarchicalExchange> hierarchical_;  // in place of it
+  std::vector<comm::DispatchPlan> plans_;                        // [layer]
+  std::vector<std::vector<int32_t>> ids_;  // [layer] of own tokens, [tokens, top_k]
+  std::vector<float> weights_;             // [tokens, top_k]
   base::Array<float> rows_;                // [tokens, hidden] as if normed
   kernels::QuantizedBuffer codes_;         // the same, quantized
   kernels::QuantizedBuffer remote_codes_;  // as other ranks see them: bf16 dispatch rounds first

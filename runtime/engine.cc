@@ -120,7 +120,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
       .max_rows = options.max_rows,
       .max_positions = std::min(config.max_positions, engine->kv_tokens()),
       .wire = engine->wire_,
-      .kv = kv};
+      .kv = kv,
+      .hierarchical = options.hierarchical};
   TERNION_ASSIGN_OR_RETURN(
       engine->model_,
       Model::Load(checkpoint, std::make_shared<const Placement>(std::move(placement)), resources,

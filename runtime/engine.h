@@ -30,6 +30,7 @@ struct EngineOptions {
   WireOptions wire;
   std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
   int64_t max_rows = 512;                              // of one rank in one step
+  bool hierarchical = false;                           // ModelOptions::hierarchical
   int micro_batches = 1;                               // Batch::micro_batches
   int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: a quarter of the free memory's
                           // share, at most kMaxDefaultKvTokens

@@ -114,6 +114,9 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(
     const RankResources& resources, const ModelOptions& options, const LoadProgress& progress) {
   const ModelConfig& config = checkpoint.config();
   TERNION_RETURN_IF_ERROR(CheckPrecisions(config, options));
+  if (options.hierarchical) {
+    TERNION_RETURN_IF_ERROR(experts::NodeLayout::Make(*resources.transport).status());
+  }
   std::unique_ptr<Model> model(new Model(config, std::move(placement), resources, options));
   TERNION_RETURN_IF_ERROR(model->LoadWeights(checkpoint, progress));
   model->SetPrecisions(options.wire, options.kv);
@@ -128,6 +131,11 @@ void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
   moe_ = std::make_unique<experts::MoeContext>(gate, MakeExchangeOptions(config_, options_),
                                                config_.expert_intermediate, resources_.transport,
                                                resources_.kernels, resources_.executor);
+  if (options_.hierarchical && !wire.exact) {
+    // Load has made sure that there is a layout.
+    moe_->UseHierarchy(*experts::NodeLayout::Make(*resources_.transport),
+                       MakeExchangeOptions(config_, options_), *placement_);
+  }
 }
 
 absl::Status Model::Forward(const Batch& batch) {

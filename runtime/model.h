@@ -46,6 +46,7 @@ struct ModelOptions {
   int64_t max_positions = 0;  // rotary tables reach this far
   WireOptions wire;
   kernels::KvFormat kv = kernels::KvFormat::kBf16;
+  bool hierarchical = false;  // rows cross between nodes once and fan out inside; not for `exact`
 };
 
 // What `wire` leaves open, from the model.

@@ -177,8 +177,8 @@ class Half {
     outs_[layer].resize(batch_.x.size());
     begin_ = batch_.num_rows * index_ / case_.micro_batches;
     const int end = batch_.num_rows * (index_ + 1) / case_.micro_batches;
-    std::copy(&batch_.residual[begin_ * hidden], &batch_.residual[end * hidden],
-              &outs_[layer][begin_ * hidden]);
+    std::copy(batch_.residual.data() + begin_ * hidden, batch_.residual.data() + end * hidden,
+              outs_[layer].data() + begin_ * hidden);
     codes_ = QuantizeBatch(case_, batch_, false);
     outputs_.clear();
     return exchange_.DispatchSend(

@@ -110,9 +110,9 @@ std::vector<float> DecodeReference(RowFormat format, const uint8_t* bytes, int64
   if (format == RowFormat::kFp32 || format == RowFormat::kBf16) return row;
   const uint8_t* codes = bytes + 2 * ((dim + BlockOf(format) - 1) / BlockOf(format));
   for (int64_t i = 0; i < dim; ++i) {
-    int code = static_cast<int8_t>(codes[i]);
-    if (format == RowFormat::kInt4) code = codes[i / 2] >> 4 * (i % 2) & 15;
-    if (format == RowFormat::kInt4 && code > 7) code -= 16;
+    const int nibble = codes[i / 2] >> 4 * (i % 2) & 15;
+    const int code =
+        format == RowFormat::kInt4 ? nibble - nibble / 8 * 16 : static_cast<int8_t>(codes[i]);
     row[i] = static_cast<float>(code) * bf16_at(i / BlockOf(format));
   }
   return row;
