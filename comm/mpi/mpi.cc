@@ -206,11 +206,20 @@ absl::Status MpiTransport::ReclaimSent() {
   return absl::OkStatus();
 }
 
+// Peers that flush at the same time wait for this rank to receive: what they sent is taken in here,
+// and handed out when it is asked for.
 absl::Status MpiTransport::Flush() {
   Backoff backoff;
   while (true) {
     TERNION_RETURN_IF_ERROR(ReclaimSent());
     if (outgoing_.empty()) return absl::OkStatus();
+    for (int rank = 0; rank < size(); ++rank) {
+      for (Phase phase : {Phase::kControl, Phase::kDispatch, Phase::kCombine}) {
+        const Awaited what{RankId{rank}, phase};
+        if (rank == rank_ || left_[rank] || IsReceiving(what)) continue;
+        TERNION_RETURN_IF_ERROR(StartReceive(what));
+      }
+    }
     TERNION_RETURN_IF_ERROR(Idle(backoff));
   }
 }

@@ -64,6 +64,26 @@ TEST(MpiTest, MessagesKeepTheirOrderAndBytes) {
   }
 }
 
+// Messages too large to leave before their receiver takes them, and nobody asks for one.
+TEST(MpiTest, RanksMayFlushBeforeTheyReceive) {
+  constexpr size_t kSize = 3'000'000;
+  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
+    for (RankId to : Others()) {
+      Message message = world->Acquire(kSize);
+      std::memset(message.memory.data(), base::Index(world->rank()), kSize);
+      ASSERT_TRUE(world->Send(to, phase, std::move(message)).ok());
+    }
+    ASSERT_TRUE(world->Flush().ok());
+    for (RankId from : Others()) {
+      auto arrival = world->Receive({&from, 1}, phase);
+      ASSERT_TRUE(arrival.ok()) << arrival.status();
+      ASSERT_EQ(arrival->message.size_bytes, kSize);
+      for (uint8_t byte : arrival->message.bytes()) ASSERT_EQ(byte, base::Index(from));
+      world->Recycle(std::move(arrival->message));
+    }
+  }
+}
+
 TEST(MpiTest, ExchangeEqualsItsReference) {
   for (bool presum : {false, true}) {
     ExchangeCase c;
