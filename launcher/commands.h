@@ -24,13 +24,14 @@ absl::Status Run(const RunOptions& options, World& world);
 
 struct EvalOptions {
   EngineFlags engine;
-  std::string ids_file;    // JSON array of token ids, with logits_out
-  std::string logits_out;  // .npy, float32 [tokens, vocab]
-  std::string text;        // UTF-8 file to score
-  bool ladder = false;     // with text: every wire and KV precision (ladder.h)
+  std::string ids_file;      // JSON array of token ids, with logits_out
+  std::string logits_out;    // .npy, float32 [tokens, vocab]
+  std::string text;          // UTF-8 file to score
+  bool ladder = false;       // with text: every wire and KV precision (ladder.h)
+  std::string record_trace;  // with text: routing trace to write
   std::string json;
 };
-// Logits of given ids, or bits per byte and perplexity of a text.
+// Logits of given ids, or bits per byte and perplexity of a text, and its routing trace.
 absl::Status Eval(const EvalOptions& options, World& world);
 
 struct InspectOptions {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/str_format.h"
 #include "base/file.h"
 #include "base/status.h"
 #include "comm/collective.h"
@@ -14,6 +15,7 @@
 #include "launcher/progress.h"
 #include "launcher/report.h"
 #include "launcher/scoring.h"
+#include "launcher/trace_recorder.h"
 
 namespace ternion::launcher {
 namespace {
@@ -49,6 +51,17 @@ absl::Status CheckOptions(const EvalOptions& options) {
     return absl::InvalidArgumentError(
         "--ladder walks the precisions itself: leave --wire* and --kv out");
   }
+  if (!options.record_trace.empty()) {
+    if (ids || options.ladder) {
+      return absl::InvalidArgumentError("--record-trace goes with --text, without --ladder");
+    }
+    if (flags.wire_dispatch != defaults.wire_dispatch ||
+        flags.wire_combine != defaults.wire_combine) {
+      return absl::InvalidArgumentError(
+          "--record-trace runs with --wire exact: leave --wire-dispatch and --wire-combine out");
+    }
+  }
+  TERNION_RETURN_IF_ERROR(CheckWritable(options.record_trace));
   TERNION_RETURN_IF_ERROR(CheckWritable(options.logits_out));
   return CheckWritable(options.json);
 }
@@ -62,6 +75,7 @@ class Evaluation {
   // Submits the work; everything that can be wrong with the input comes out here.
   absl::Status Prepare() { return options_.text.empty() ? PrepareIds() : PrepareText(); }
   absl::Status RunToEnd();
+  absl::Status SaveTrace(const experts::RoutingTrace& trace);
   absl::Status Finish();
 
  private:
@@ -74,6 +88,7 @@ class Evaluation {
   absl::Status write_status_;
   ScoredText text_;
   double nll_ = 0;  // nats
+  std::string trace_hash_;
 };
 
 // One sequence; it is the first, so rank 0 owns it and sees its logits.
@@ -94,6 +109,9 @@ absl::Status Evaluation::PrepareIds() {
 }
 
 absl::Status Evaluation::PrepareText() {
+  if (!options_.record_trace.empty() && !engine_.config().moe()) {
+    return absl::InvalidArgumentError("--record-trace needs a model with experts");
+  }
   TERNION_ASSIGN_OR_RETURN(
       text_, CutText(options_.text, options_.engine.model, engine_.config(), MaxWindow(engine_)));
   return SubmitWindows(text_.windows, engine_);
@@ -108,6 +126,15 @@ absl::Status Evaluation::RunToEnd() {
   return absl::OkStatus();
 }
 
+absl::Status Evaluation::SaveTrace(const experts::RoutingTrace& trace) {
+  TERNION_RETURN_IF_ERROR(experts::SaveTrace(trace, options_.record_trace));
+  trace_hash_ = absl::StrFormat("%016x", trace.Hash());
+  std::printf("%s: routing of %lld tokens in %d layers, %s\n", options_.record_trace.c_str(),
+              static_cast<long long>(trace.shape.num_tokens), trace.shape.num_layers,
+              trace_hash_.c_str());
+  return absl::OkStatus();
+}
+
 absl::Status Evaluation::Finish() {
   TERNION_RETURN_IF_ERROR(write_status_);
   if (logits_file_) return logits_file_->Commit();
@@ -117,14 +144,16 @@ absl::Status Evaluation::Finish() {
               options_.text.c_str(), static_cast<long long>(text_.num_predicted),
               static_cast<long long>(text_.num_bytes), bits_per_byte, perplexity);
   if (options_.json.empty()) return absl::OkStatus();
-  return WriteJson(options_.json, {{"tokens", text_.num_predicted},
-                                   {"bytes", text_.num_bytes},
-                                   {"nll", nll_},
-                                   {"bits_per_byte", bits_per_byte},
-                                   {"perplexity", perplexity},
-                                   {"ranks", engine_.num_ranks()},
-                                   {"wire", WireJson(engine_.wire())},
-                                   {"kv", kernels::KvFormatName(engine_.kv_format())}});
+  Json json = {{"tokens", text_.num_predicted},
+               {"bytes", text_.num_bytes},
+               {"nll", nll_},
+               {"bits_per_byte", bits_per_byte},
+               {"perplexity", perplexity},
+               {"ranks", engine_.num_ranks()},
+               {"wire", WireJson(engine_.wire())},
+               {"kv", kernels::KvFormatName(engine_.kv_format())}};
+  if (!trace_hash_.empty()) json["trace_hash"] = trace_hash_;
+  return WriteJson(options_.json, json);
 }
 
 }  // namespace
@@ -133,8 +162,12 @@ absl::Status Eval(const EvalOptions& options, World& world) {
   const absl::Status usable = world.is_root() ? CheckOptions(options) : absl::OkStatus();
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), usable));
   if (options.ladder) return EvalLadder(options, world);
-  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
+  EngineFlags flags = options.engine;
+  if (!options.record_trace.empty()) flags.wire = "exact";  // so that ranks do not matter
+  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(flags, world));
   Evaluation evaluation(options, *loaded.engine);
+  std::optional<TraceRecorder> recorder;
+  if (!options.record_trace.empty()) recorder.emplace(*loaded.engine);
   const absl::Status ready = world.is_root() ? evaluation.Prepare() : absl::OkStatus();
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), ready));
   if (!world.is_root()) {
@@ -143,7 +176,13 @@ absl::Status Eval(const EvalOptions& options, World& world) {
     TERNION_RETURN_IF_ERROR(evaluation.RunToEnd());
     TERNION_RETURN_IF_ERROR(loaded.engine->Stop());
   }
-  const absl::Status finished = world.is_root() ? evaluation.Finish() : absl::OkStatus();
+  absl::Status finished;
+  if (recorder) {
+    TERNION_ASSIGN_OR_RETURN(const experts::RoutingTrace trace,
+                             recorder->Gather(world.transport()));
+    if (world.is_root()) finished = evaluation.SaveTrace(trace);
+  }
+  if (world.is_root()) finished.Update(evaluation.Finish());
   return comm::BroadcastStatus(world.transport(), finished);
 }
 

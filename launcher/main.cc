@@ -105,6 +105,9 @@ void AddEval(CLI::App& app, EvalOptions& options) {
   command->add_flag("--ladder", options.ladder,
                     "With --text: walk the precisions of the wire and the KV cache, and compare "
                     "each with the exact wire");
+  command->add_option("--record-trace", options.record_trace,
+                      "With --text: write which experts each token takes to this file; runs with "
+                      "--wire exact, so that it does not depend on ranks");
   command->add_option("--json", options.json, "With --text: write the figures to this file");
 }
 

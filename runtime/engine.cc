@@ -171,6 +171,19 @@ absl::Status Engine::Reconfigure(const WireOptions& wire, kernels::KvFormat kv) 
   return absl::OkStatus();
 }
 
+void Engine::set_routing_sink(RoutingSink sink) {
+  if (!sink) return model_->set_routing_sink(nullptr);
+  model_->set_routing_sink([this, sink = std::move(sink)](int layer, int64_t first_row,
+                                                          std::span<const int32_t> experts) {
+    const int64_t num_rows = static_cast<int64_t>(experts.size()) / config_.top_k;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t row = first_row + i;
+      sink(row_sequences_[row], batch_.positions[row], layer,
+           experts.subspan(i * config_.top_k, config_.top_k));
+    }
+  });
+}
+
 absl::StatusOr<SequenceId> Engine::Submit(Request request) {
   return scheduler_->Submit(std::move(request));
 }
@@ -233,6 +246,7 @@ absl::Status Engine::Prepare(const StepPlan& plan) {
     sequence.sampling = start.sampling;
   }
   batch_.Clear();
+  row_sequences_.clear();
   batch_.step = plan.step;
   batch_.micro_batches = plan.micro_batches;
   for (const Chunk& chunk : plan.chunks) {
@@ -248,6 +262,7 @@ absl::Status Engine::Prepare(const StepPlan& plan) {
     }
     batch_.tokens.insert(batch_.tokens.end(), chunk.tokens.begin(), chunk.tokens.end());
     batch_.pages.resize(batch_.tokens.size(), &found->second.pages);
+    row_sequences_.resize(batch_.tokens.size(), chunk.sequence);
     for (int64_t i = 0; i < count; ++i) {
       batch_.positions.push_back(chunk.position + static_cast<int32_t>(i));
     }

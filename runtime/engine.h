@@ -48,6 +48,11 @@ struct StepReport {
 using LogitsSink =
     std::function<void(SequenceId sequence, int32_t position, std::span<const float> logits)>;
 
+// The experts that one row takes in `layer`, distinct, on the rank that owns the sequence. A row
+// passes the layers in their order.
+using RoutingSink = std::function<void(SequenceId sequence, int32_t position, int layer,
+                                       std::span<const int32_t> experts)>;
+
 class Engine {
  public:
   // Collective: loads this rank's share. An error on any rank is the same error on all of them.
@@ -75,6 +80,9 @@ class Engine {
   // Called for every row of a scored sequence that this rank owns, in order; each rank may set one.
   // The same submissions to an engine just created or reconfigured have the same owners.
   void set_logits_sink(LogitsSink sink) { logits_sink_ = std::move(sink); }
+
+  // Called for every row that this rank owns and every layer with experts; each rank may set one.
+  void set_routing_sink(RoutingSink sink);
 
   const ModelConfig& config() const { return config_; }
   const Model& model() const { return *model_; }
@@ -125,6 +133,7 @@ class Engine {
   std::map<SequenceId, LocalSequence> sequences_;
   LogitsSink logits_sink_;
   Batch batch_;
+  std::vector<SequenceId> row_sequences_;  // of the batch's rows
   std::vector<LogitRow> logit_rows_;
   base::Array<float> logits_;  // [Model::kMaxLogitRows, vocab]
 };

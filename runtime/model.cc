@@ -313,6 +313,10 @@ absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& 
   if (config_.moe()) {
     const experts::MoeInput input = {x, normed, batch.step, static_cast<uint32_t>(index)};
     TERNION_RETURN_IF_ERROR(experts::MoeDispatch(layer.moe, *placement_, input, *moe_, *part.moe));
+    if (routing_sink_) {
+      const size_t num_routes = part.num_rows * config_.top_k;
+      routing_sink_(index, part.begin, moe_->experts.span().first(num_routes));
+    }
   }
   if (LocalIntermediate(config_) > 0) {
     const experts::FfnConfig ffn = {config_.hidden, LocalIntermediate(config_), config_.activation,

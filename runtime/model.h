@@ -85,6 +85,11 @@ struct LayerWeights {
   experts::MoeLayerWeights moe;            // views of the two above, and this rank's experts
 };
 
+// Hears which experts the gate of `layer` chose for the batch's rows from `first_row` on:
+// [rows, top_k], distinct in a row.
+using BatchRoutingSink =
+    std::function<void(int layer, int64_t first_row, std::span<const int32_t> experts)>;
+
 // One thread. Forward is collective in a MoE model: all ranks call it equally often.
 class Model {
  public:
@@ -104,6 +109,8 @@ class Model {
   // Other precisions from the next Forward on, over the same weights; its pages have format `kv`.
   // They passed CheckPrecisions.
   void SetPrecisions(const WireOptions& wire, kernels::KvFormat kv);
+
+  void set_routing_sink(BatchRoutingSink sink) { routing_sink_ = std::move(sink); }
 
   int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
   int64_t num_local_experts() const { return num_local_experts_; }  // over all layers
@@ -162,6 +169,7 @@ class Model {
   std::vector<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...
   experts::FfnWorkspace local_ffn_workspace_;
   std::unique_ptr<experts::MoeContext> moe_;
+  BatchRoutingSink routing_sink_;
 };
 
 }  // namespace ternion::runtime

@@ -442,6 +442,16 @@ const Case kCases[] = {
      {"--wire"}},
     {"LadderWithACache", EvalText("The ship was", {"--ladder", "--kv", "int4"}), {"--kv"}},
     {"LadderOfNothing", EvalText("", {"--ladder"}), {"text.txt"}},
+    {"RecordingOfIds", EvalIds("[1, 2]", {"--record-trace", "t"}), {"--record-trace", "--text"}},
+    {"RecordingOfALadder",
+     EvalText("The ship was", {"--ladder", "--record-trace", "t"}),
+     {"--record-trace", "--ladder"}},
+    {"RecordingWithAWire",
+     EvalText("The ship was", {"--record-trace", "t", "--wire-combine", "int8"}),
+     {"--record-trace", "--wire-combine"}},
+    {"RecordingToNowhere",
+     EvalText("The ship was", {"--record-trace", "/nowhere/trace"}),
+     {"/nowhere/trace"}},
 
     // inspect and synth.
     {"InspectNothing",
@@ -477,9 +487,8 @@ const Case kCases[] = {
                    "max_position_embeddings": 128})"),
      {"disk"}},
     {"SynthOutExists",
-     [](auto& place) -> Strings {
-       return {"synth", "--shape", "bitnet-2b", "--out", place.model()};
-     },
+     [](auto& place)
+         -> Strings { return {"synth", "--shape", "bitnet-2b", "--out", place.model()}; },
      {"/model", "exists"}},
 };
 
