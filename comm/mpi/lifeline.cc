@@ -62,13 +62,13 @@ void KeepAlive(const Fd& fd) {
 Fd MakeSocket() { return Fd(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)); }
 
 // Listens on all addresses, at a port that the kernel picks and *port tells.
-Fd MakeListener(int backlog, in_port_t* port) {
+Fd MakeListener(in_port_t* port) {
   Fd fd = MakeSocket();
   sockaddr_in address{};
   address.sin_family = AF_INET;
   socklen_t size = sizeof(address);
   const auto generic = reinterpret_cast<sockaddr*>(&address);
-  if (!fd.open() || bind(fd.get(), generic, size) != 0 || listen(fd.get(), backlog) != 0 ||
+  if (!fd.open() || bind(fd.get(), generic, size) != 0 || listen(fd.get(), SOMAXCONN) != 0 ||
       getsockname(fd.get(), generic, &size) != 0) {
     return Fd();
   }
@@ -314,7 +314,7 @@ absl::StatusOr<Lifelines> Lifelines::Connect(int rank, std::span<const int> node
                                              const AllGather& all_gather) {
   const size_t size = node_of.size();
   in_port_t port = 0;
-  Fd listener = MakeListener(static_cast<int>(size), &port);
+  Fd listener = MakeListener(&port);
   const std::vector<in_addr> own_addresses = OwnAddresses();
   const LifelineContact mine = MakeContact(port, own_addresses);
   std::vector<LifelineContact> contacts(size);
@@ -332,7 +332,7 @@ absl::StatusOr<Lifelines> Lifelines::Connect(int rank, std::span<const int> node
   TERNION_RETURN_IF_ERROR(all_gather(met.data(), size, all_met.data()));
   for (size_t peer = 0; peer < size; ++peer) {
     Fd& fd = lifelines.fds_[peer];
-    if (!all_met[peer * size + rank]) fd.Close();
+    if (!all_met[peer * size + rank] || !all_met[rank * size + peer]) fd.Close();
     if (fd.open()) KeepAlive(fd);
     lifelines.polls_.push_back({fd.get(), POLLIN, 0});
   }
