@@ -43,6 +43,13 @@ constexpr char kGoodbye = 'g';
 struct Greeting {
   LifelineContact::Token token;
   int32_t rank;
+  int32_t call;  // the caller's count of its calls to this peer, from 1; the answer repeats it
+};
+
+// A connection to a peer; closed: there is none, and `call` is 0.
+struct Met {
+  Fd fd;
+  uint8_t call = 0;
 };
 
 void SetOption(const Fd& fd, int level, int name, int value) {
@@ -129,6 +136,7 @@ struct Talk {
   int peer = -1;                   // whom we call; -1: somebody calls us
   bool connecting = false;         // a call that is not through yet
   std::vector<in_addr> addresses;  // to call next, from the back
+  uint8_t call = 0;                // as in the greeting
   Clock::time_point deadline;      // of a call to one address
   Greeting heard{};
   size_t heard_bytes = 0;
@@ -140,14 +148,14 @@ class Meeting {
   Meeting(int rank, std::span<const int> node_of, std::span<const LifelineContact> contacts,
           std::vector<in_addr> own_addresses, Fd listener);
 
-  // [size] connections, closed where there is none.
-  std::vector<Fd> Run();
+  // [size]
+  std::vector<Met> Run();
 
  private:
   void CallNext(Talk& talk);
   void Accept();
   void Continue(Talk& talk);
-  bool Greet(const Fd& fd, const LifelineContact::Token& token);
+  bool Greet(const Talk& talk, const LifelineContact::Token& token);
   void Judge(Talk& talk);
   void GiveUp(Talk& talk);
   bool IsWaiting() const;
@@ -155,7 +163,7 @@ class Meeting {
   const int rank_;
   const std::span<const LifelineContact> contacts_;
   const Fd listener_;
-  std::vector<Fd> met_;      // [size]
+  std::vector<Met> met_;     // [size]
   std::vector<Talk> talks_;  // under way
 };
 
@@ -184,7 +192,8 @@ void Meeting::CallNext(Talk& talk) {
     talk.fd = MakeSocket();
     talk.connecting = true;
     talk.heard_bytes = 0;
-    talk.deadline = Clock::now() + kCallTime;
+    ++talk.call;
+    talk.deadline = talk.addresses.empty() ? Clock::time_point::max() : Clock::now() + kCallTime;
     const int failed = connect(talk.fd.get(), reinterpret_cast<sockaddr*>(&to), sizeof(to));
     if (failed == 0 || errno == EINPROGRESS) return;
   }
@@ -205,15 +214,15 @@ void Meeting::Accept() {
     Talk guest;
     guest.fd = Fd(accept4(listener_.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (!guest.fd.open()) return;
-    guest.deadline = Clock::now() + kMeetingTime;
+    guest.deadline = Clock::time_point::max();
     talks_.push_back(std::move(guest));
   }
 }
 
 // A greeting is far smaller than any socket's buffer: it goes out whole or not at all.
-bool Meeting::Greet(const Fd& fd, const LifelineContact::Token& token) {
-  const Greeting greeting{token, rank_};
-  return send(fd.get(), &greeting, sizeof(greeting), MSG_NOSIGNAL) == sizeof(greeting);
+bool Meeting::Greet(const Talk& talk, const LifelineContact::Token& token) {
+  const Greeting greeting{token, rank_, talk.call};
+  return send(talk.fd.get(), &greeting, sizeof(greeting), MSG_NOSIGNAL) == sizeof(greeting);
 }
 
 // Something has come on the connection of `talk`.
@@ -223,7 +232,7 @@ void Meeting::Continue(Talk& talk) {
     int error = 0;
     socklen_t size = sizeof(error);
     getsockopt(talk.fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
-    if (error != 0 || !Greet(talk.fd, contacts_[0].caller_token)) GiveUp(talk);
+    if (error != 0 || !Greet(talk, contacts_[0].caller_token)) GiveUp(talk);
     return;
   }
   const ssize_t bytes = recv(talk.fd.get(), reinterpret_cast<char*>(&talk.heard) + talk.heard_bytes,
@@ -239,26 +248,27 @@ void Meeting::Continue(Talk& talk) {
 // Keeps the connection of one who greeted as it should.
 void Meeting::Judge(Talk& talk) {
   const int rank = talk.heard.rank;
-  if (talk.peer >= 0) {
-    const bool right = rank == talk.peer && talk.heard.token == contacts_[0].callee_token;
-    if (right) met_[rank] = std::move(talk.fd);
-    return;
+  const bool called = talk.peer >= 0;
+  const bool right_rank =
+      called ? rank == talk.peer : rank > rank_ && rank < static_cast<int>(met_.size());
+  const LifelineContact& first = contacts_[0];
+  if (!right_rank || talk.heard.token != (called ? first.callee_token : first.caller_token)) return;
+  if (!called) {
+    talk.call = static_cast<uint8_t>(talk.heard.call);
+    if (!Greet(talk, first.callee_token)) return;
   }
-  const bool right = rank > rank_ && rank < static_cast<int>(met_.size()) &&
-                     talk.heard.token == contacts_[0].caller_token;
-  // Who calls again has given the earlier call up.
-  if (right && Greet(talk.fd, contacts_[0].callee_token)) met_[rank] = std::move(talk.fd);
+  met_[rank] = {std::move(talk.fd), talk.call};
 }
 
 // Whether a rank may still come: one below that is being called, or one above that has not called.
 bool Meeting::IsWaiting() const {
   const auto is_call = [](const Talk& talk) { return talk.peer >= 0; };
-  const auto is_met = [](const Fd& fd) { return fd.open(); };
+  const auto is_met = [](const Met& met) { return met.fd.open(); };
   return std::any_of(talks_.begin(), talks_.end(), is_call) ||
          !std::all_of(met_.begin() + rank_ + 1, met_.end(), is_met);
 }
 
-std::vector<Fd> Meeting::Run() {
+std::vector<Met> Meeting::Run() {
   const Clock::time_point end = Clock::now() + kMeetingTime;
   while (IsWaiting() && Clock::now() < end) {
     std::vector<pollfd> polls = {{listener_.get(), POLLIN, 0}};
@@ -280,15 +290,19 @@ std::vector<Fd> Meeting::Run() {
   return std::move(met_);
 }
 
-// met: [size, size] 1 where the row's rank has a connection to the column's. Tells of pairs
-// without.
-void WarnOfMissing(std::span<const uint8_t> met, std::span<const std::string> hosts) {
+// calls: [size, size] the call by which the row's rank is connected to the column's, 0: none. Both
+// ends must mean the same one: the caller may have given up one that the callee still believes in.
+bool AreConnected(std::span<const uint8_t> calls, size_t size, size_t a, size_t b) {
+  return calls[a * size + b] != 0 && calls[a * size + b] == calls[b * size + a];
+}
+
+void WarnOfMissing(std::span<const uint8_t> calls, std::span<const std::string> hosts) {
   const size_t size = hosts.size();
   int missing = 0;
   std::string example;
   for (size_t a = 0; a < size; ++a) {
     for (size_t b = a + 1; b < size; ++b) {
-      if (met[a * size + b] && met[b * size + a]) continue;
+      if (AreConnected(calls, size, a, b)) continue;
       if (missing++ > 0) continue;
       example =
           absl::StrCat("rank ", a, " (host ", hosts[a], ") and rank ", b, " (host ", hosts[b], ")");
@@ -321,23 +335,22 @@ absl::StatusOr<Lifelines> Lifelines::Connect(int rank, std::span<const int> node
   TERNION_RETURN_IF_ERROR(all_gather(&mine, sizeof(mine), contacts.data()));
 
   Lifelines lifelines;
-  lifelines.fds_ = Meeting(rank, node_of, contacts, own_addresses, std::move(listener)).Run();
+  std::vector<Met> met = Meeting(rank, node_of, contacts, own_addresses, std::move(listener)).Run();
   for (LifelineContact& contact : contacts) {
     contact.host.back() = 0;
     lifelines.hosts_.push_back(contact.host.data());
   }
-  // One end may have been too late for the other: a pair counts when both ends have it.
-  std::vector<uint8_t> met(size), all_met(size * size);
-  for (size_t peer = 0; peer < size; ++peer) met[peer] = lifelines.fds_[peer].open();
-  TERNION_RETURN_IF_ERROR(all_gather(met.data(), size, all_met.data()));
+  std::vector<uint8_t> calls(size), all_calls(size * size);
+  for (size_t peer = 0; peer < size; ++peer) calls[peer] = met[peer].call;
+  TERNION_RETURN_IF_ERROR(all_gather(calls.data(), size, all_calls.data()));
   for (size_t peer = 0; peer < size; ++peer) {
-    Fd& fd = lifelines.fds_[peer];
-    if (!all_met[peer * size + rank] || !all_met[rank * size + peer]) fd.Close();
+    Fd fd = AreConnected(all_calls, size, rank, peer) ? std::move(met[peer].fd) : Fd();
     if (fd.open()) KeepAlive(fd);
     lifelines.polls_.push_back({fd.get(), POLLIN, 0});
+    lifelines.fds_.push_back(std::move(fd));
   }
   lifelines.leaving_.resize(size);
-  if (rank == 0) WarnOfMissing(all_met, lifelines.hosts_);
+  if (rank == 0) WarnOfMissing(all_calls, lifelines.hosts_);
   return lifelines;
 }
 

@@ -24,8 +24,9 @@ class LifelineTest : public testing::Test {
  protected:
   // Called by each rank with its own copy of the contacts.
   std::function<void(int rank, Contacts)> change_contacts = [](int, Contacts) {};
-  // Called by each rank with its own copy of [size, size] "the row's rank has the column's".
-  std::function<void(std::span<uint8_t>)> change_met = [](std::span<uint8_t>) {};
+  // Called by each rank with its own copy of [size, size] the call by which the row's rank is
+  // connected to the column's.
+  std::function<void(std::span<uint8_t>)> change_calls = [](std::span<uint8_t>) {};
 
   void Connect(int size) {
     ranks_.resize(size);
@@ -46,7 +47,7 @@ class LifelineTest : public testing::Test {
           if (first) {
             change_contacts(rank, {static_cast<LifelineContact*>(all), slots.size()});
           } else {
-            change_met({static_cast<uint8_t*>(all), size * bytes});
+            change_calls({static_cast<uint8_t*>(all), size * bytes});
           }
           first = false;
           return absl::OkStatus();
@@ -151,6 +152,7 @@ TEST_F(LifelineTest, StrangersWhoCallAreDropped) {
     const struct {
       LifelineContact::Token token = {1, 2, 3};
       int32_t rank = 1;
+      int32_t call = 1;
     } greeting;
     for (size_t bytes : {size_t{0}, size_t{5}, sizeof(greeting)}) {
       strangers.push_back(LoopbackSocket());
@@ -174,8 +176,8 @@ TEST_F(LifelineTest, AStrangerWhoIsCalledIsNotTakenForARank) {
   ASSERT_EQ(listen(listener.get(), 1), 0);
   std::thread stranger([&] {
     const Fd caller(accept(listener.get(), nullptr, nullptr));
-    char greeting[20];
-    ASSERT_EQ(recv(caller.get(), greeting, sizeof(greeting), MSG_WAITALL), 20);
+    char greeting[24];
+    ASSERT_EQ(recv(caller.get(), greeting, sizeof(greeting), MSG_WAITALL), 24);
     std::memset(greeting + 16, 0, 4);  // "I am rank 0"
     send(caller.get(), greeting, sizeof(greeting), MSG_NOSIGNAL);
     while (recv(caller.get(), greeting, 1, 0) > 0) {
@@ -205,12 +207,14 @@ TEST_F(LifelineTest, RanksThatDoNotReachEachOtherGoWithout) {
 }
 
 TEST_F(LifelineTest, AConnectionThatOnlyOneEndHasIsDropped) {
-  change_met = [](std::span<uint8_t> met) { met[2 * 3 + 0] = 0; };  // rank 2 lacks rank 0
-  Connect(3);
-  EXPECT_EQ(ranks_[0]->num_connected(), 1);
-  EXPECT_EQ(ranks_[1]->num_connected(), 2);
-  EXPECT_EQ(ranks_[2]->num_connected(), 1);
-  for (auto& rank : ranks_) EXPECT_TRUE(rank->Check().ok());
+  for (uint8_t call : {0, 2}) {  // of rank 2 to rank 0: none, or another than rank 0 took
+    change_calls = [&](std::span<uint8_t> calls) { calls[2 * 3 + 0] = call; };
+    Connect(3);
+    EXPECT_EQ(ranks_[0]->num_connected(), 1);
+    EXPECT_EQ(ranks_[1]->num_connected(), 2);
+    EXPECT_EQ(ranks_[2]->num_connected(), 1);
+    for (auto& rank : ranks_) EXPECT_TRUE(rank->Check().ok());
+  }
 }
 
 }  // namespace
