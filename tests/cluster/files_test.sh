@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# files_test.sh scripts|hostfile|kubernetes: checks what cluster/ says to shells, mpirun and Kubernetes.
+# Exit code 77: the tool that checks is missing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+scripts=(cluster/virtual/cluster cluster/openmpi.sh cluster/slurm/ternion.sbatch
+  scripts/install_deps.sh "$0")
+
+check_scripts() {
+  local script
+  for script in "${scripts[@]}"; do bash -n "$script"; done
+  # sbatch reads its settings before the first command only.
+  [ "$(sed '/^[^#]/q' cluster/slurm/ternion.sbatch | grep -c '^#SBATCH --')" -ge 3 ]
+  command -v shellcheck >/dev/null || { echo "shellcheck is missing: only checked with bash -n"; return; }
+  shellcheck -x "${scripts[@]}"
+}
+
+# mpirun plans a job on these hosts: 4 ranks, on hosts that need not exist. Its exit code says nothing.
+check_hostfile() {
+  local map
+  map=$(mpirun --allow-run-as-root --hostfile cluster/hostfile.example --do-not-launch --display-map \
+    true 2>/dev/null)
+  echo "$map"
+  [ "$(grep -c 'Data for node: node' <<<"$map")" -eq 3 ]
+  [ "$(grep -c 'Process rank: ' <<<"$map")" -eq 4 ]
+}
+
+check_kubernetes() {
+  python3 -c 'import yaml' 2>/dev/null || { echo "skipped: python3-yaml is missing"; exit 77; }
+  python3 tests/cluster/check_mpijob.py cluster/kubernetes/mpijob.yaml cluster/openmpi.sh
+}
+
+"check_$1"
