@@ -195,8 +195,11 @@ absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, E
 
 // Takes in the next message of this exchange or of the other's combine.
 absl::Status Exchange::Wait(Exchange* other) {
-  awaited_.assign(dispatch_awaited_.begin(), dispatch_awaited_.end());
-  awaited_.insert(awaited_.end(), combine_awaited_.begin(), combine_awaited_.end());
+  // What comes back for these rows is not looked for yet: from the same peer, the other
+  // micro-batch's may come first.
+  const std::vector<Awaited>& own =
+      stage_ == Stage::kDispatchRecv ? dispatch_awaited_ : combine_awaited_;
+  awaited_.assign(own.begin(), own.end());
   if (other != nullptr) {
     awaited_.insert(awaited_.end(), other->combine_awaited_.begin(), other->combine_awaited_.end());
   }
@@ -204,23 +207,15 @@ absl::Status Exchange::Wait(Exchange* other) {
   absl::StatusOr<Arrival> arrival = transport_->Receive(awaited_);
   meter().AddWait(SecondsSince(start));
   if (!arrival.ok()) return arrival.status();
-  // From one peer the other's combine comes first: it was sent first.
-  const bool of_other = other != nullptr && other->Awaits(arrival->what);
+  const bool of_other = other != nullptr && arrival->what.phase == Phase::kCombine;
   return (of_other ? other : this)->Take(*std::move(arrival));
-}
-
-bool Exchange::Awaits(const Awaited& what) const {
-  return std::find(combine_awaited_.begin(), combine_awaited_.end(), what) !=
-         combine_awaited_.end();
 }
 
 absl::Status Exchange::Take(Arrival arrival) {
   const Phase phase = arrival.what.phase;
   std::vector<Awaited>& awaited = phase == Phase::kDispatch ? dispatch_awaited_ : combine_awaited_;
   std::erase(awaited, arrival.what);
-  // A peer that is ahead may return rows before this rank has sent back those of others.
-  const bool sent = phase == Phase::kDispatch || stage_ == Stage::kCombineRecv;
-  if (awaited.empty() && sent) meter().AddWire(phase, SecondsSince(sent_at_));
+  if (awaited.empty()) meter().AddWire(phase, SecondsSince(sent_at_));
   const int seat = SeatOf(arrival.what.from);
   return phase == Phase::kDispatch ? TakeDispatch(seat, std::move(arrival.message))
                                    : TakeCombine(seat, std::move(arrival.message));

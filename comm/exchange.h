@@ -160,7 +160,6 @@ class Exchange {
 
   absl::Status Wait(Exchange* other);
   absl::Status Take(Arrival arrival);
-  bool Awaits(const Awaited& what) const;
   bool IsBack() const { return combine_awaited_.empty(); }
 
   absl::Status SendCombineTo(int seat, const float* rows);

@@ -98,7 +98,8 @@ HierarchicalExchange::HierarchicalExchange(const comm::ExchangeOptions& options,
       executor_(executor),
       across_(AcrossOptions(options), transport, kernels, executor, layout.across),
       inside_(InsideOptions(options, layout.num_nodes()), transport, kernels, executor,
-              layout.inside) {}
+              layout.inside),
+      gathered_(1, options.hidden) {}
 
 absl::Status HierarchicalExchange::DispatchSend(uint32_t step, uint32_t layer,
                                                 const GateChoice& choice,

@@ -135,8 +135,9 @@ std::vector<std::unique_ptr<Transport>> MakeLoopbackWorld(int num_ranks, std::ve
 }
 
 std::vector<absl::Status> RunLoopback(int num_ranks,
-                                      const std::function<absl::Status(Transport&)>& body) {
-  std::vector<std::unique_ptr<Transport>> world = MakeLoopbackWorld(num_ranks);
+                                      const std::function<absl::Status(Transport&)>& body,
+                                      std::vector<int> node_of) {
+  std::vector<std::unique_ptr<Transport>> world = MakeLoopbackWorld(num_ranks, std::move(node_of));
   std::vector<absl::Status> statuses(num_ranks);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < num_ranks; ++rank) {

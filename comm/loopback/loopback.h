@@ -15,8 +15,9 @@ std::vector<std::unique_ptr<Transport>> MakeLoopbackWorld(int num_ranks,
                                                           std::vector<int> node_of = {});
 
 // Runs body(transport) on num_ranks threads and waits for all. A rank that returns an error aborts
-// its transport, so that the others end too. Returns each rank's status.
+// its transport, so that the others end too. Returns each rank's status. `node_of` as above.
 std::vector<absl::Status> RunLoopback(int num_ranks,
-                                      const std::function<absl::Status(Transport&)>& body);
+                                      const std::function<absl::Status(Transport&)>& body,
+                                      std::vector<int> node_of = {});
 
 }  // namespace ternion::comm

@@ -47,6 +47,8 @@ struct WorldCase {
   std::string model = kModel;
   int micro_batches = 1;
   std::string trace = "";
+  bool hierarchical = false;
+  std::vector<int> node_of = {};  // [rank]; empty: one node
 };
 
 absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Transport& transport,
@@ -60,23 +62,27 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Tra
   options.kv_tokens = c.kv_tokens;
   options.kv = c.kv;
   options.micro_batches = c.micro_batches;
+  options.hierarchical = c.hierarchical;
   return Engine::Create(options, {&transport, kernels::SelectCpuKernels(""), &executor}, nullptr);
 }
 
 // Runs `drive` with rank 0's engine; the others follow.
 std::vector<absl::Status> RunEngines(const WorldCase& c,
                                      const std::function<absl::Status(Engine&)>& drive) {
-  return comm::RunLoopback(c.num_ranks, [&](comm::Transport& transport) -> absl::Status {
-    const bool is_root = transport.rank() == RankId{0};
-    // Ranks with different numbers of threads.
-    base::ThreadPool threads(1 + base::Index(transport.rank()) % 2);
-    kernels::Executor executor{.threads = &threads};
-    TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
-                             MakeEngine(c, transport, executor));
-    if (!is_root) return engine->Follow();
-    TERNION_RETURN_IF_ERROR(drive(*engine));
-    return engine->Stop();
-  });
+  return comm::RunLoopback(
+      c.num_ranks,
+      [&](comm::Transport& transport) -> absl::Status {
+        const bool is_root = transport.rank() == RankId{0};
+        // Ranks with different numbers of threads.
+        base::ThreadPool threads(1 + base::Index(transport.rank()) % 2);
+        kernels::Executor executor{.threads = &threads};
+        TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                                 MakeEngine(c, transport, executor));
+        if (!is_root) return engine->Follow();
+        TERNION_RETURN_IF_ERROR(drive(*engine));
+        return engine->Stop();
+      },
+      c.node_of);
 }
 
 // What came of one request.
@@ -510,6 +516,24 @@ TEST(Engine, MicroBatchesChangeNothing) {
       EXPECT_EQ(Generate(c, requests), expected) << num_ranks << " ranks";
     }
   }
+}
+
+// Two hops in place of one: the same in each run and in halves, and close to the direct way, since
+// only sums are rounded otherwise.
+TEST(Engine, HierarchicalExchange) {
+  std::vector<Request> requests = ManyPrompts();
+  requests.resize(5);
+  for (Request& request : requests) request.max_new_tokens = 2;
+  WorldCase c = {.num_ranks = 4, .wire = {.combine = comm::RowFormat::kInt8}, .max_rows = 33};
+  const std::vector<Outcome> direct = Generate(c, requests);
+  c.hierarchical = true;
+  EXPECT_EQ(Generate(c, requests).size(), direct.size()) << "one node";
+  c.node_of = {0, 1, 0, 1};
+  const std::vector<Outcome> expected = Generate(c, requests);
+  EXPECT_NE(expected, direct) << "sums are rounded elsewhere";
+  EXPECT_EQ(Generate(c, requests), expected);
+  c.micro_batches = 2;
+  EXPECT_EQ(Generate(c, requests), expected);
 }
 
 // A rank whose sends fail after a while.
