@@ -8,7 +8,7 @@ packages=(
   openmpi-bin libopenmpi-dev
   libabsl-dev nlohmann-json3-dev libcli11-dev libspdlog-dev
   libpcre2-dev libutf8proc-dev libisal-dev libxxhash-dev
-  libgtest-dev
+  libgtest-dev iproute2
   "$@"
 )
 

@@ -99,9 +99,7 @@ std::vector<in_addr> OwnAddresses() {
 
 LifelineContact MakeContact(in_port_t port, const std::vector<in_addr>& addresses) {
   LifelineContact contact{};
-  for (LifelineContact::Token* token : {&contact.caller_token, &contact.callee_token}) {
-    TERNION_CHECK(getentropy(token->data(), token->size()) == 0);
-  }
+  TERNION_CHECK(getentropy(contact.token.data(), contact.token.size()) == 0);
   gethostname(contact.host.data(), contact.host.size() - 1);
   contact.port = port;
   contact.num_addresses = std::min<size_t>(addresses.size(), LifelineContact::kMaxAddresses);
@@ -155,7 +153,7 @@ class Meeting {
   void CallNext(Talk& talk);
   void Accept();
   void Continue(Talk& talk);
-  bool Greet(const Talk& talk, const LifelineContact::Token& token);
+  bool Greet(const Talk& talk);
   void Judge(Talk& talk);
   void GiveUp(Talk& talk);
   bool IsWaiting() const;
@@ -220,8 +218,8 @@ void Meeting::Accept() {
 }
 
 // A greeting is far smaller than any socket's buffer: it goes out whole or not at all.
-bool Meeting::Greet(const Talk& talk, const LifelineContact::Token& token) {
-  const Greeting greeting{token, rank_, talk.call};
+bool Meeting::Greet(const Talk& talk) {
+  const Greeting greeting{contacts_[0].token, rank_, talk.call};
   return send(talk.fd.get(), &greeting, sizeof(greeting), MSG_NOSIGNAL) == sizeof(greeting);
 }
 
@@ -232,7 +230,7 @@ void Meeting::Continue(Talk& talk) {
     int error = 0;
     socklen_t size = sizeof(error);
     getsockopt(talk.fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
-    if (error != 0 || !Greet(talk, contacts_[0].caller_token)) GiveUp(talk);
+    if (error != 0 || !Greet(talk)) GiveUp(talk);
     return;
   }
   const ssize_t bytes = recv(talk.fd.get(), reinterpret_cast<char*>(&talk.heard) + talk.heard_bytes,
@@ -251,11 +249,10 @@ void Meeting::Judge(Talk& talk) {
   const bool called = talk.peer >= 0;
   const bool right_rank =
       called ? rank == talk.peer : rank > rank_ && rank < static_cast<int>(met_.size());
-  const LifelineContact& first = contacts_[0];
-  if (!right_rank || talk.heard.token != (called ? first.callee_token : first.caller_token)) return;
+  if (!right_rank || talk.heard.token != contacts_[0].token) return;
   if (!called) {
     talk.call = static_cast<uint8_t>(talk.heard.call);
-    if (!Greet(talk, first.callee_token)) return;
+    if (!Greet(talk)) return;
   }
   met_[rank] = {std::move(talk.fd), talk.call};
 }

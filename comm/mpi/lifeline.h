@@ -42,13 +42,12 @@ class Fd {
 
 // What a rank tells all others, so that they find it. Sent as it lies in memory.
 struct LifelineContact {
-  // What those who call and those who are called must show; rank 0's count. They keep out strangers
-  // who find the port by chance, not those who read the network.
+  // What the ranks of a job show each other; rank 0's counts. It keeps out strangers who find the
+  // port, not those who read the network.
   using Token = std::array<uint8_t, 16>;
   static constexpr int kMaxAddresses = 16;
 
-  Token caller_token;
-  Token callee_token;
+  Token token;
   std::array<char, 64> host;  // ends in 0
   in_port_t port;             // 0: it cannot be called. In network order, as are the addresses
   uint16_t num_addresses;

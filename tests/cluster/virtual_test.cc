@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 #include <sstream>
 
@@ -25,7 +26,7 @@ Strings Cluster(Strings arguments) {
 }
 
 CommandOptions Named(const std::string& name) {
-  return {.environment = {{"TERNION_CLUSTER", name}}, .time_limit = seconds(60)};
+  return {.environment = {{"TERNION_CLUSTER", name}}, .time_limit = seconds(120)};
 }
 
 CommandResult RunCluster(const Strings& arguments, const std::string& name = Name()) {
@@ -37,13 +38,17 @@ void Expect(const Strings& arguments) {
   EXPECT_EQ(result.exit_code, 0) << arguments[0] << ": " << result.err;
 }
 
-// What this machine has of what a cluster is made of.
+// What this machine has that a cluster of this test is made of, or could have leaked.
 std::set<std::string> Traces() {
   std::set<std::string> traces;
-  for (const Strings& command :
-       {Strings{"ip", "netns", "list"}, {"ip", "-brief", "link"}, {"ls", "-R", "/etc/netns"}}) {
-    std::istringstream lines(RunCommand(command).out);
-    for (std::string line; std::getline(lines, line);) traces.insert(line);
+  for (const Strings& command : {Strings{"ip", "netns", "list"}, {"ls", "/etc/netns"}}) {
+    for (const std::string& line : LinesThatStartWith(RunCommand(command).out, Name())) {
+      traces.insert(line);
+    }
+  }
+  const std::string links = RunCommand({"ip", "-brief", "link"}).out;
+  for (const char* link : {"h0", "h1", "h2", "br0", "eth0@"}) {
+    for (const std::string& line : LinesThatStartWith(links, link)) traces.insert(line);
   }
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
     const pid_t pid = std::atoi(entry.path().filename().c_str());
@@ -55,10 +60,7 @@ std::set<std::string> Traces() {
 }
 
 size_t NumNamespaces() {
-  std::istringstream lines(RunCommand({"ip", "netns", "list"}).out);
-  size_t count = 0;
-  for (std::string line; std::getline(lines, line);) count += line.starts_with(Name());
-  return count;
+  return LinesThatStartWith(RunCommand({"ip", "netns", "list"}).out, Name()).size();
 }
 
 class VirtualCluster : public testing::Test {
