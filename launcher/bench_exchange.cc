@@ -292,6 +292,8 @@ class Report {
   absl::Status Run();
 
  private:
+  void FindNodes();
+  absl::Status ReadLadders();
   absl::Status ResolveShape();
   absl::Status ResolveTrace();
   absl::Status CheckMemory() const;
@@ -380,7 +382,9 @@ absl::Status Report::CheckMemory() const {
   const double most =
       static_cast<double>(*std::max_element(options_.tokens.begin(), options_.tokens.end()));
   const double row = static_cast<double>(shape_.hidden) * sizeof(float);
-  const double received = most * std::min<double>(trace_.shape.top_k, ranks);
+  const double copies =
+      trace_.shape.top_k > 0 ? std::min<double>(trace_.shape.top_k, ranks) : ranks;
+  const double received = most * copies;
   // Own rows with their sums and codes, received rows with their outputs, messages both ways.
   const double bytes = ranks * row * (most * 4 + received * 4);
   const double memory = static_cast<double>(base::MemoryBytes());
@@ -392,20 +396,19 @@ absl::Status Report::CheckMemory() const {
 
 absl::Status Report::Prepare() {
   if (options_.tokens.empty()) return absl::InvalidArgumentError("--tokens is empty");
+  FindNodes();
   TERNION_RETURN_IF_ERROR(ResolveShape());
-  TERNION_RETURN_IF_ERROR(ResolveTrace());
+  TERNION_RETURN_IF_ERROR(CheckMemory());
   if (world_.is_root()) {
     TERNION_RETURN_IF_ERROR(CheckWritable(options_.json));
     TERNION_RETURN_IF_ERROR(CheckWritable(options_.matrix));
-    for (const std::string& path : options_.ladders) {
-      TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(path));
-      Json ladder = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-      if (!ladder.is_object() || !ladder.contains("ladder")) {
-        return absl::InvalidArgumentError(absl::StrCat(path, " is no report of eval --ladder"));
-      }
-      ladders_.push_back(std::move(ladder));
-    }
+    TERNION_RETURN_IF_ERROR(ReadLadders());
   }
+  TERNION_RETURN_IF_ERROR(ResolveTrace());
+  return MakePlacements();
+}
+
+void Report::FindNodes() {
   const comm::Transport& transport = world_.transport();
   layout_ = experts::NodeLayout::Make(transport);
   std::vector<int> nodes;
@@ -419,8 +422,18 @@ absl::Status Report::Prepare() {
   if (first_of_node) interfaces_ = NetworkInterfaces();
   std::sort(nodes.begin(), nodes.end());
   num_nodes_ = static_cast<int>(std::unique(nodes.begin(), nodes.end()) - nodes.begin());
-  TERNION_RETURN_IF_ERROR(CheckMemory());
-  return MakePlacements();
+}
+
+absl::Status Report::ReadLadders() {
+  for (const std::string& path : options_.ladders) {
+    TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(path));
+    Json ladder = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+    if (!ladder.is_object() || !ladder.contains("ladder")) {
+      return absl::InvalidArgumentError(absl::StrCat(path, " is no report of eval --ladder"));
+    }
+    ladders_.push_back(std::move(ladder));
+  }
+  return absl::OkStatus();
 }
 
 // Placements are made from the second half of the trace and tried on the first: what they promise

@@ -41,7 +41,7 @@ TEST(Statistics, PercentileIsOneOfTheValues) {
   EXPECT_EQ(Percentile(values, 0.999), 999);
   values.resize(999);
   EXPECT_EQ(Percentile(values, 0.999), 1000);
-  EXPECT_EQ(Percentile({7}, 0.999), 7);
+  EXPECT_EQ(Percentile<float>({7}, 0.999), 7);
 }
 
 }  // namespace
