@@ -41,42 +41,38 @@ absl::Status FromMpi(int code, const char* call, int peer = -1) {
   return absl::UnavailableError(absl::StrCat(call, whom, ": ", text));
 }
 
-// Spends the time between two polls: first not at all, then by letting others run, then asleep, so
-// that more ranks than cores do not starve each other.
+// Spends the time between two polls: first not at all, then by letting others run, then asleep, the
+// longer the more time passed already. More ranks than cores do not starve each other that way, and
+// a wait becomes at most an eighth longer.
 class Backoff {
  public:
+  // From now on, waiting is new.
+  void Restart() { start_ = Clock::now(); }
+
   // Returns whether it slept.
-  bool Wait() {
-    const auto idle = Clock::now() - start_;
-    if (idle < std::chrono::microseconds(20)) return false;
-    if (idle < std::chrono::microseconds(200)) {
+  bool Wait() const {
+    constexpr std::chrono::microseconds kSpin(20), kYield(200);
+    constexpr std::chrono::nanoseconds kLongestSleep(500'000);
+    const std::chrono::nanoseconds idle = Clock::now() - start_;
+    if (idle < kSpin) return false;
+    if (idle < kYield) {
       sched_yield();
       return false;
     }
-    const timespec pause{0, 20'000};
+    const timespec pause{0, std::min(idle / 8, kLongestSleep).count()};
     nanosleep(&pause, nullptr);
     return true;
   }
 
  private:
-  const Clock::time_point start_ = Clock::now();
+  Clock::time_point start_ = Clock::now();
 };
 
-absl::StatusOr<bool> IsDone(MPI_Request* request) {
-  int done = 0;
-  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Test(request, &done, MPI_STATUS_IGNORE), "MPI_Test"));
-  return done != 0;
-}
-
-struct Outgoing {
-  MPI_Request request = MPI_REQUEST_NULL;
-  Message message;
-};
-
-struct Incoming {
-  Awaited what;
-  MPI_Request request = MPI_REQUEST_NULL;
-  Message message;
+struct Transfer {
+  Awaited what;  // incoming: from whom; else to whom
+  bool incoming = false;
+  bool done = false;
+  Message message{};
 };
 
 class MpiTransport : public Transport {
@@ -100,21 +96,25 @@ class MpiTransport : public Transport {
   absl::Status Connect();
   absl::Status FindNodes();
   absl::Status ConnectLifelines();
-  absl::Status Idle(Backoff& backoff);
-  absl::Status ReclaimSent();
+  absl::Status Idle();
+  absl::Status Progress();
+  absl::StatusOr<bool> BeginReceive();
+  MPI_Request* Begin(Transfer transfer);
+  void Remove(size_t transfer);
+  bool IsSending() const;
   absl::Status WaitFor(MPI_Request* request);
-  bool IsReceiving(const Awaited& what) const;
-  absl::Status StartReceive(const Awaited& what);
-  absl::Status NoteLeavers(std::span<const Awaited> awaited);
   absl::Status Leave();
-  absl::StatusOr<bool> DropOneMessage();
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;
-  std::vector<int> node_of_;        // [size] the lowest rank on the same host
-  std::vector<bool> left_;          // [size] ranks that are known to have left
-  std::vector<Outgoing> outgoing_;  // whose bytes have not left yet
-  std::vector<Incoming> incoming_;  // begun and not handed out yet; one per (rank, phase)
+  std::vector<int> node_of_;  // [size] the lowest rank on the same host
+  std::vector<bool> left_;    // [size] ranks that have left
+  // Under way, or received and not asked for yet; in the order in which they began.
+  std::vector<Transfer> transfers_;
+  std::vector<MPI_Request> requests_;  // [transfers]
+  std::vector<int> done_;              // what Progress found
+  std::vector<MPI_Status> statuses_;
+  Backoff backoff_;  // waiting is new after every send
   Lifelines lifelines_;
 };
 
@@ -173,91 +173,130 @@ absl::Status MpiTransport::ConnectLifelines() {
 
 // Between two polls. A rank that is lost is an error to all, also to those that do not wait for it:
 // a step is collective.
-absl::Status MpiTransport::Idle(Backoff& backoff) {
-  return backoff.Wait() ? lifelines_.Check() : absl::OkStatus();
+absl::Status MpiTransport::Idle() {
+  return backoff_.Wait() ? lifelines_.Check() : absl::OkStatus();
 }
 
 absl::Status MpiTransport::Send(RankId to, Phase phase, Message message) {
   TERNION_CHECK(base::Index(to) != rank_);
-  TERNION_RETURN_IF_ERROR(ReclaimSent());
   if (message.size_bytes > INT_MAX) {
     return absl::InvalidArgumentError(absl::StrCat("message to rank ", base::Index(to), " has ",
                                                    message.size_bytes,
                                                    " bytes; MPI carries at most 2 GiB at once"));
   }
-  Outgoing outgoing{MPI_REQUEST_NULL, std::move(message)};
-  TERNION_RETURN_IF_ERROR(base::Annotate(
-      FromMpi(
-          MPI_Isend(outgoing.message.memory.data(), static_cast<int>(outgoing.message.size_bytes),
-                    MPI_BYTE, base::Index(to), static_cast<int>(phase), comm_, &outgoing.request),
-          "MPI_Isend"),
-      absl::StrCat("sending to rank ", base::Index(to))));
-  outgoing_.push_back(std::move(outgoing));
-  return absl::OkStatus();
+  backoff_.Restart();
+  uint8_t* const bytes = message.memory.data();
+  const int count = static_cast<int>(message.size_bytes);
+  MPI_Request* const request = Begin({.what = {to, phase}, .message = std::move(message)});
+  return FromMpi(
+      MPI_Isend(bytes, count, MPI_BYTE, base::Index(to), static_cast<int>(phase), comm_, request),
+      "MPI_Isend", base::Index(to));
 }
 
-// Returns the buffers of finished sends to the pool.
-absl::Status MpiTransport::ReclaimSent() {
-  for (Outgoing& outgoing : outgoing_) {
-    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&outgoing.request));
-    if (done) Recycle(std::move(outgoing.message));
+MPI_Request* MpiTransport::Begin(Transfer transfer) {
+  transfers_.push_back(std::move(transfer));
+  requests_.push_back(MPI_REQUEST_NULL);
+  return &requests_.back();
+}
+
+void MpiTransport::Remove(size_t transfer) {
+  transfers_.erase(transfers_.begin() + transfer);
+  requests_.erase(requests_.begin() + transfer);
+}
+
+// Begins to receive the next message of any peer and phase; false when there is none. Messages of a
+// peer are found in the order in which it sent them, the one that says it leaves last.
+absl::StatusOr<bool> MpiTransport::BeginReceive() {
+  int found = 0, bytes = 0;
+  MPI_Message matched = MPI_MESSAGE_NULL;
+  MPI_Status status;
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, &matched, &status), "MPI_Improbe"));
+  if (!found) return false;
+  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
+  const int peer = status.MPI_SOURCE;
+  if (status.MPI_TAG == kLeaveTag) {
+    left_[peer] = true;
+    TERNION_RETURN_IF_ERROR(
+        FromMpi(MPI_Mrecv(nullptr, 0, MPI_BYTE, &matched, MPI_STATUS_IGNORE), "MPI_Mrecv", peer));
+    return true;
   }
-  std::erase_if(outgoing_, [](const Outgoing& o) { return o.request == MPI_REQUEST_NULL; });
+  Message message = Acquire(bytes);
+  uint8_t* const memory = message.memory.data();
+  MPI_Request* const request =
+      Begin({.what = {RankId{peer}, Phase{static_cast<uint8_t>(status.MPI_TAG)}},
+             .incoming = true,
+             .message = std::move(message)});
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Imrecv(memory, bytes, MPI_BYTE, &matched, request), "MPI_Imrecv", peer));
+  return true;
+}
+
+// Moves all messages on. With few calls, since every one looks at all connections: all messages are
+// begun as they are found, whether somebody waits for them yet or not.
+absl::Status MpiTransport::Progress() {
+  for (bool found = true; found;) {
+    TERNION_ASSIGN_OR_RETURN(found, BeginReceive());
+  }
+  if (requests_.empty()) return absl::OkStatus();
+  int num_done = 0;
+  done_.resize(requests_.size());
+  statuses_.resize(requests_.size());
+  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &num_done,
+                                done_.data(), statuses_.data());
+  if (code != MPI_ERR_IN_STATUS) TERNION_RETURN_IF_ERROR(FromMpi(code, "MPI_Testsome"));
+  for (int i = 0; i < num_done; ++i) {  // MPI_UNDEFINED, where all were done before, is negative
+    Transfer& transfer = transfers_[done_[i]];
+    transfer.done = true;
+    if (code != MPI_ERR_IN_STATUS) continue;
+    TERNION_RETURN_IF_ERROR(FromMpi(statuses_[i].MPI_ERROR,
+                                    transfer.incoming ? "receiving from" : "sending to",
+                                    base::Index(transfer.what.from)));
+  }
+  for (size_t i = transfers_.size(); i-- > 0;) {
+    if (transfers_[i].incoming || !transfers_[i].done) continue;
+    Recycle(std::move(transfers_[i].message));
+    Remove(i);
+  }
   return absl::OkStatus();
 }
 
-// Peers that flush at the same time wait for this rank to receive: what they sent is taken in here,
-// and handed out when it is asked for.
+bool MpiTransport::IsSending() const {
+  return std::any_of(transfers_.begin(), transfers_.end(),
+                     [](const Transfer& transfer) { return !transfer.incoming; });
+}
+
 absl::Status MpiTransport::Flush() {
-  Backoff backoff;
   while (true) {
-    TERNION_RETURN_IF_ERROR(ReclaimSent());
-    if (outgoing_.empty()) return absl::OkStatus();
-    for (int rank = 0; rank < size(); ++rank) {
-      for (Phase phase : {Phase::kControl, Phase::kDispatch, Phase::kCombine}) {
-        const Awaited what{RankId{rank}, phase};
-        if (rank == rank_ || left_[rank] || IsReceiving(what)) continue;
-        TERNION_RETURN_IF_ERROR(StartReceive(what));
-      }
-    }
-    TERNION_RETURN_IF_ERROR(Idle(backoff));
-  }
-}
-
-absl::Status MpiTransport::WaitFor(MPI_Request* request) {
-  Backoff backoff;
-  while (true) {
-    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(request));
-    if (done) return absl::OkStatus();
-    TERNION_RETURN_IF_ERROR(Idle(backoff));
+    TERNION_RETURN_IF_ERROR(Progress());
+    if (!IsSending()) return absl::OkStatus();
+    TERNION_RETURN_IF_ERROR(Idle());
   }
 }
 
 absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) {
   TERNION_CHECK(!awaited.empty());
-  Backoff backoff;
   while (true) {
     TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival, TryReceive(awaited));
     if (arrival) return *std::move(arrival);
-    if (!backoff.Wait()) continue;
-    TERNION_RETURN_IF_ERROR(NoteLeavers(awaited));
-    TERNION_RETURN_IF_ERROR(lifelines_.Check());
+    TERNION_RETURN_IF_ERROR(Idle());
   }
 }
 
 absl::StatusOr<std::optional<Arrival>> MpiTransport::TryReceive(std::span<const Awaited> awaited) {
+  TERNION_RETURN_IF_ERROR(Progress());
   for (const Awaited& what : awaited) {
-    if (!IsReceiving(what)) TERNION_RETURN_IF_ERROR(StartReceive(what));
-  }
-  for (auto incoming = incoming_.begin(); incoming != incoming_.end(); ++incoming) {
-    if (std::find(awaited.begin(), awaited.end(), incoming->what) == awaited.end()) continue;
-    TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming->request));
-    if (!done) continue;
-    std::optional<Arrival> arrival({incoming->what, std::move(incoming->message)});
-    incoming_.erase(incoming);
+    const auto next = std::find_if(transfers_.begin(), transfers_.end(),
+                                   [&](const Transfer& t) { return t.incoming && t.what == what; });
+    if (next == transfers_.end() && left_[base::Index(what.from)]) {
+      return absl::UnavailableError(
+          absl::StrCat("rank ", base::Index(what.from), " is gone: it left"));
+    }
+    if (next == transfers_.end() || !next->done) continue;
+    std::optional<Arrival> arrival({what, std::move(next->message)});
+    Remove(next - transfers_.begin());
     return arrival;
   }
-  TERNION_RETURN_IF_ERROR(ReclaimSent());
   return std::optional<Arrival>();
 }
 
@@ -300,44 +339,14 @@ absl::StatusOr<std::vector<Message>> MpiTransport::AllToAllV(std::vector<Message
   return from_ranks;
 }
 
-bool MpiTransport::IsReceiving(const Awaited& what) const {
-  return std::any_of(incoming_.begin(), incoming_.end(),
-                     [&](const Incoming& incoming) { return incoming.what == what; });
-}
-
-// Begins to receive the next message of `what` if there is one.
-absl::Status MpiTransport::StartReceive(const Awaited& what) {
-  const int source = base::Index(what.from);
-  int found = 0;
-  MPI_Message matched = MPI_MESSAGE_NULL;
-  MPI_Status status;
-  TERNION_RETURN_IF_ERROR(
-      FromMpi(MPI_Improbe(source, static_cast<int>(what.phase), comm_, &found, &matched, &status),
-              "MPI_Improbe", source));
-  if (!found) {
-    if (!left_[source]) return absl::OkStatus();
-    return absl::UnavailableError(absl::StrCat("rank ", source, " is gone: it left"));
+absl::Status MpiTransport::WaitFor(MPI_Request* request) {
+  backoff_.Restart();
+  while (true) {
+    int done = 0;
+    TERNION_RETURN_IF_ERROR(FromMpi(MPI_Test(request, &done, MPI_STATUS_IGNORE), "MPI_Test"));
+    if (done) return absl::OkStatus();
+    TERNION_RETURN_IF_ERROR(Idle());
   }
-  int bytes = 0;
-  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
-  incoming_.push_back({what, MPI_REQUEST_NULL, Acquire(bytes)});
-  Incoming& incoming = incoming_.back();
-  return FromMpi(
-      MPI_Imrecv(incoming.message.memory.data(), bytes, MPI_BYTE, &matched, &incoming.request),
-      "MPI_Imrecv", source);
-}
-
-// What a peer sent before it left matches before its leave message does: who is noted here gets one
-// more look for messages (StartReceive) before it counts as gone.
-absl::Status MpiTransport::NoteLeavers(std::span<const Awaited> awaited) {
-  for (const Awaited& what : awaited) {
-    const int rank = base::Index(what.from);
-    int left = 0;
-    TERNION_RETURN_IF_ERROR(
-        FromMpi(MPI_Iprobe(rank, kLeaveTag, comm_, &left, MPI_STATUS_IGNORE), "MPI_Iprobe"));
-    if (left) left_[rank] = true;
-  }
-  return absl::OkStatus();
 }
 
 MpiTransport::~MpiTransport() {
@@ -348,50 +357,26 @@ MpiTransport::~MpiTransport() {
   MPI_Finalize();
 }
 
-// Tells all peers that nothing more comes, and takes in (and drops) what they still send until they
-// leave too: neither side is stuck with a message that the other never reads.
+// Tells all peers that nothing more comes, and takes in what they still send until they leave too:
+// neither side is stuck with a message that the other never reads.
 absl::Status MpiTransport::Leave() {
   if (comm_ == MPI_COMM_NULL) return absl::OkStatus();
   lifelines_.SayGoodbye();
-  Backoff backoff;
-  for (Incoming& incoming : incoming_) {
-    while (true) {
-      TERNION_ASSIGN_OR_RETURN(const bool done, IsDone(&incoming.request));
-      if (done) break;
-      TERNION_RETURN_IF_ERROR(Idle(backoff));
-    }
-  }
+  left_[rank_] = true;
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_) continue;
-    Outgoing leave;
-    TERNION_RETURN_IF_ERROR(FromMpi(
-        MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, &leave.request), "MPI_Isend"));
-    outgoing_.push_back(std::move(leave));
+    MPI_Request* const request = Begin({.what = {RankId{peer}, Phase::kControl}});
+    TERNION_RETURN_IF_ERROR(
+        FromMpi(MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, request), "MPI_Isend"));
   }
-  for (int staying = size() - 1; staying > 0 || !outgoing_.empty();) {
-    TERNION_RETURN_IF_ERROR(ReclaimSent());
-    TERNION_ASSIGN_OR_RETURN(const bool somebody_left, DropOneMessage());
-    if (somebody_left) --staying;
-    TERNION_RETURN_IF_ERROR(Idle(backoff));
+  backoff_.Restart();
+  const auto is_done = [](const Transfer& transfer) { return transfer.done; };
+  while (!std::all_of(transfers_.begin(), transfers_.end(), is_done) ||
+         std::find(left_.begin(), left_.end(), false) != left_.end()) {
+    TERNION_RETURN_IF_ERROR(Progress());
+    TERNION_RETURN_IF_ERROR(Idle());
   }
   return FromMpi(MPI_Comm_free(&comm_), "MPI_Comm_free");
-}
-
-// Receives any message there is; true when it was a leave message.
-absl::StatusOr<bool> MpiTransport::DropOneMessage() {
-  int found = 0;
-  int bytes = 0;
-  MPI_Message matched = MPI_MESSAGE_NULL;
-  MPI_Status status;
-  TERNION_RETURN_IF_ERROR(FromMpi(
-      MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, &matched, &status), "MPI_Improbe"));
-  if (!found) return false;
-  TERNION_RETURN_IF_ERROR(FromMpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count"));
-  Message message = Acquire(bytes);
-  TERNION_RETURN_IF_ERROR(FromMpi(
-      MPI_Mrecv(message.memory.data(), bytes, MPI_BYTE, &matched, MPI_STATUS_IGNORE), "MPI_Mrecv"));
-  Recycle(std::move(message));
-  return status.MPI_TAG == kLeaveTag;
 }
 
 // mpirun ends the other ranks; why, the caller has said. Of a lost rank the others learn by
