@@ -80,8 +80,8 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
   command
       .add_option("--micro-batches", flags.micro_batches,
                   "2: a step's rows go through the layers in two halves, so that one travels "
-                  "while the other is worked on")
-      ->check(CLI::Range(1, 2))
+                  "while the other is worked on; auto: whatever proves faster")
+      ->check(CLI::IsMember({"auto", "1", "2"}))
       ->capture_default_str();
   AddWorldFlags(command, flags.world);
 }
@@ -115,7 +115,7 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.kv = kernels::ParseKvFormat(flags.kv);  // "auto" is none
   options.kv_tokens = flags.kv_tokens;
   options.hierarchical = flags.exchange == "hierarchical";
-  options.micro_batches = flags.micro_batches;
+  options.micro_batches = flags.micro_batches == "auto" ? 0 : std::stoi(flags.micro_batches);
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;
   TERNION_ASSIGN_OR_RETURN(loaded.engine, runtime::Engine::Create(options, world.resources(),

@@ -23,7 +23,7 @@ struct EngineFlags {
   std::string kv = "auto";
   int64_t kv_tokens = 0;
   std::string exchange = "direct";
-  int micro_batches = 1;
+  std::string micro_batches = "auto";
 };
 
 // Adds --threads, --device and --transport to `command`.

@@ -95,6 +95,7 @@ void AddRun(CLI::App& app, RunOptions& options) {
 void AddEval(CLI::App& app, EvalOptions& options) {
   CLI::App* command = app.add_subcommand(
       "eval", "Logits of given token ids, or bits per byte and perplexity of a text");
+  options.engine.micro_batches = "1";  // the messages it counts are the same in each run
   AddEngineFlags(*command, options.engine);
   CLI::Option_group* source = command->add_option_group("input");
   source->add_option("--ids-file", options.ids_file, "JSON array of token ids");

@@ -29,22 +29,22 @@ struct StepTimes {
   double wait = 0;  // for messages, with nothing else to do
   double wire = 0;  // rows were under way
   int64_t steps = 0;
+  int64_t steps_in_two = 0;  // of them, in two micro-batches
 
   StepTimes& operator+=(const StepTimes& other) {
     total += other.total;
     wait += other.wait;
     wire += other.wire;
     steps += other.steps;
+    steps_in_two += other.steps_in_two;
     return *this;
   }
   // Milliseconds per step.
   Json ToJson() const {
     const double scale = steps > 0 ? 1e3 / static_cast<double>(steps) : 0;
-    return {{"steps", steps},
-            {"step_ms", total * scale},
-            {"compute_ms", (total - wait) * scale},
-            {"wire_ms", wire * scale},
-            {"wait_ms", wait * scale}};
+    return {{"steps", steps},           {"steps_in_two", steps_in_two},
+            {"step_ms", total * scale}, {"compute_ms", (total - wait) * scale},
+            {"wire_ms", wire * scale},  {"wait_ms", wait * scale}};
   }
 };
 
@@ -169,9 +169,11 @@ absl::Status Session::RunToEnd() {
     const double wait_before = meter.wait_seconds(), wire_before = WireSeconds(meter);
     const Clock::time_point start = Clock::now();
     TERNION_ASSIGN_OR_RETURN(const StepReport step, loaded_.engine->Step());
-    throughput_.Add(step,
-                    {std::chrono::duration<double>(Clock::now() - start).count(),
-                     meter.wait_seconds() - wait_before, WireSeconds(meter) - wire_before, 1});
+    throughput_.Add(step, {.total = std::chrono::duration<double>(Clock::now() - start).count(),
+                           .wait = meter.wait_seconds() - wait_before,
+                           .wire = WireSeconds(meter) - wire_before,
+                           .steps = 1,
+                           .steps_in_two = step.micro_batches == 2});
     for (const SequenceEvent& event : step.events) Take(event);
     PrintFinished();
   }

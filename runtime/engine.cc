@@ -1,6 +1,7 @@
 #include "runtime/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <new>
 #include <utility>
 
@@ -98,8 +99,7 @@ void Engine::MakeCache(kernels::KvFormat kv, int64_t kv_tokens) {
                                                   .max_rows = options_.max_rows,
                                                   .pages_per_rank = kv_cache_->num_pages(),
                                                   .max_positions = config_.max_positions,
-                                                  .vocab_size = config_.vocab_size,
-                                                  .micro_batches = options_.micro_batches});
+                                                  .vocab_size = config_.vocab_size});
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions& options,
@@ -191,12 +191,21 @@ absl::StatusOr<SequenceId> Engine::Submit(Request request) {
 absl::StatusOr<StepReport> Engine::Step() {
   StepReport report;
   if (idle()) return report;
-  const StepPlan plan = scheduler_->Next();
+  StepPlan plan = scheduler_->Next();
+  int64_t rows = 0;
   for (const Chunk& chunk : plan.chunks) {
     report.prompt_tokens += scheduler_->PromptTokensOf(chunk);
     report.generated_tokens += chunk.sample;
+    rows += static_cast<int64_t>(chunk.tokens.size());
   }
+  plan.micro_batches =
+      options_.micro_batches > 0 ? options_.micro_batches : micro_batches_.Choose(rows);
+  report.micro_batches = plan.micro_batches;
+  const auto start = std::chrono::steady_clock::now();
+  const double waited = traffic().wait_seconds();
   TERNION_ASSIGN_OR_RETURN(const std::vector<ChunkResult> results, ExecuteEverywhere(plan));
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  micro_batches_.Record(rows, plan.micro_batches, time.count(), traffic().wait_seconds() - waited);
   TERNION_ASSIGN_OR_RETURN(report.events, scheduler_->Commit(results));
   return report;
 }

@@ -18,6 +18,7 @@
 #include "absl/status/statusor.h"
 #include "experts/placement.h"
 #include "runtime/kv_cache.h"
+#include "runtime/micro_batches.h"
 #include "runtime/model.h"
 #include "runtime/scheduler.h"
 
@@ -31,7 +32,7 @@ struct EngineOptions {
   std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
   int64_t max_rows = 512;                              // of one rank in one step
   bool hierarchical = false;                           // ModelOptions::hierarchical
-  int micro_batches = 1;                               // Batch::micro_batches
+  int micro_batches = 0;  // Batch::micro_batches; 0: chosen step by step
   int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: a quarter of the free memory's
                           // share, at most kMaxDefaultKvTokens
 };
@@ -42,6 +43,7 @@ struct StepReport {
   std::vector<SequenceEvent> events;
   int64_t prompt_tokens = 0;  // prompt tokens processed
   int64_t generated_tokens = 0;
+  int micro_batches = 1;  // in which the rows went through the layers
 };
 
 // The logits of one row, on the rank that owns the sequence.
@@ -129,7 +131,8 @@ class Engine {
   kernels::KvFormat kv_format_ = kernels::KvFormat::kBf16;
   std::unique_ptr<KvCache> kv_cache_;
   std::unique_ptr<Model> model_;
-  std::unique_ptr<Scheduler> scheduler_;  // used on rank 0
+  std::unique_ptr<Scheduler> scheduler_;  // used on rank 0, as is the next
+  MicroBatchChooser micro_batches_;
   std::map<SequenceId, LocalSequence> sequences_;
   LogitsSink logits_sink_;
   Batch batch_;

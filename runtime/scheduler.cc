@@ -94,7 +94,6 @@ void Scheduler::AddChunk(SequenceId id, Sequence& sequence, int64_t max_tokens, 
 StepPlan Scheduler::Next() {
   StepPlan plan;
   plan.step = next_step_++;
-  plan.micro_batches = limits_.micro_batches;
   plan.ended = std::exchange(ended_, {});
   StartWaiting(plan);
   std::vector<int64_t> rows(limits_.num_ranks, limits_.max_rows);

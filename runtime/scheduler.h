@@ -38,7 +38,6 @@ struct SchedulerLimits {
   int64_t pages_per_rank = 0;  // KV pages
   int64_t max_positions = 0;   // of the model
   int64_t vocab_size = 0;
-  int micro_batches = 1;  // of every step
 };
 
 // Continuous batching with chunked prefill. A sequence belongs to one rank, the one with the most
