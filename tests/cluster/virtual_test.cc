@@ -105,35 +105,38 @@ class VirtualCluster : public testing::Test {
   std::set<std::string> before_;
 };
 
-TEST_F(VirtualCluster, ThreeHostsGiveTheLogitsOfOneRank) {
-  const Strings run = {"run",          "--model",      SourcePath("models/tiny"),
-                       "--wire",       "exact",        "--prompt",
-                       "Candle, n. 1", "--max-tokens", "20",
-                       "--json"};
-  Strings alone = run, across = {"run", "-n", "3", TERNION_COMMAND};
-  alone.push_back(directory_.path("alone.json"));
-  across.insert(across.end(), run.begin(), run.end());
-  across.push_back(directory_.path("across.json"));
-  ASSERT_EQ(RunTernion(0, alone).exit_code, 0);
-
-  Expect({"up", "3", "--rate", "1gbit"});
-  const int64_t sent_before = BytesSentBy("h1");
-  Expect(across);
-  const int64_t sent = BytesSentBy("h1") - sent_before;
-
-  const Json one = ReadJson(directory_.path("alone.json"));
-  const Json three = ReadJson(directory_.path("across.json"));
-  ASSERT_TRUE(one.is_object() && three.is_object());
-  EXPECT_EQ(three["ranks"], 3);
-  EXPECT_EQ(three["logits_hash"], one["logits_hash"]);
-  int64_t message_bytes = 0;
-  for (const char* phase : {"dispatch", "combine"}) {
-    const Json& traffic = three["traffic"][phase];
-    EXPECT_EQ(traffic["intra_node"]["messages"], 0);
-    EXPECT_GT(traffic["inter_node"]["messages"], 0);
-    message_bytes += traffic["message_bytes"].get<int64_t>();
+// With --wire exact; also in halves, and with two ranks on some of the hosts.
+TEST_F(VirtualCluster, AnyNumberOfHostsGivesTheLogitsOfOneRank) {
+  const std::string prompts = directory_.path("prompts.txt");
+  WriteText(prompts,
+            "Candle, n. 1\nA\nThe ship was lost in the storm, and of all its men\n1.\nHe\n");
+  const auto run = [&](const std::string& ranks, const std::string& micro_batches) {
+    const std::string json = directory_.path("run.json");
+    Expect({"run", "-n", ranks, TERNION_COMMAND, "run", "--model", SourcePath("models/tiny"),
+            "--wire", "exact", "--prompt-file", prompts, "--max-tokens", "12", "--micro-batches",
+            micro_batches, "--json", json});
+    return ReadJson(json);
+  };
+  Expect({"up", "7", "--rate", "1gbit"});
+  const Json alone = run("1", "auto");
+  ASSERT_TRUE(alone.is_object());
+  for (const char* ranks : {"2", "3", "4", "7", "9"}) {
+    SCOPED_TRACE(ranks);
+    const int64_t sent_before = BytesSentBy("h1");
+    const Json across = run(ranks, ranks == std::string("4") ? "2" : "auto");
+    const int64_t sent = BytesSentBy("h1") - sent_before;
+    ASSERT_TRUE(across.is_object());
+    const int64_t num_ranks = across["ranks"];
+    EXPECT_EQ(std::to_string(num_ranks), ranks);
+    EXPECT_EQ(across["logits_hash"], alone["logits_hash"]);
+    int64_t message_bytes = 0;
+    for (const char* phase : {"dispatch", "combine"}) {
+      const Json& traffic = across["traffic"][phase];
+      EXPECT_EQ(traffic["intra_node"]["messages"] > 0, num_ranks > 7);
+      message_bytes += traffic["inter_node"]["message_bytes"].get<int64_t>();
+    }
+    EXPECT_GT(sent, message_bytes / (2 * num_ranks)) << "host 1's part of what all sent";
   }
-  EXPECT_GT(sent, message_bytes / 6) << "host 1's part of what three hosts sent";
 }
 
 TEST_F(VirtualCluster, HostsDifferInNameAddressAndNode) {
