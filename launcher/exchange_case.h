@@ -70,7 +70,7 @@ class ExchangeCase {
   // Collective. Exchanges every layer and compares all sums with those of a serial computation,
   // times exchanges, one layer each, for about `seconds` (at least kMinIterations, at most
   // kMaxIterations of them), and compares once more. Errors of the exchange.
-  static constexpr int kMinIterations = 12;
+  static constexpr int kMinIterations = 8;
   static constexpr int kMaxIterations = 1000;
   absl::StatusOr<CaseRun> Run(double seconds);
 

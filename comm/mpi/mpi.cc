@@ -42,8 +42,8 @@ absl::Status FromMpi(int code, const char* call, int peer = -1) {
 }
 
 // Spends the time between two polls: first not at all, then by letting others run, then asleep, the
-// longer the more time passed already. More ranks than cores do not starve each other that way, and
-// a wait becomes at most an eighth longer.
+// longer the more time passed already, so that a wait becomes at most an eighth longer. Sleeping
+// starts late: where ranks outnumber cores, who slept may get its core back some milliseconds later.
 class Backoff {
  public:
   // From now on, waiting is new.
@@ -51,7 +51,7 @@ class Backoff {
 
   // Returns whether it slept.
   bool Wait() const {
-    constexpr std::chrono::microseconds kSpin(20), kYield(200);
+    constexpr std::chrono::microseconds kSpin(20), kYield(1000);
     constexpr std::chrono::nanoseconds kLongestSleep(500'000);
     const std::chrono::nanoseconds idle = Clock::now() - start_;
     if (idle < kSpin) return false;
@@ -114,7 +114,7 @@ class MpiTransport : public Transport {
   std::vector<MPI_Request> requests_;  // [transfers]
   std::vector<int> done_;              // what Progress found
   std::vector<MPI_Status> statuses_;
-  Backoff backoff_;  // waiting is new after every send
+  Backoff backoff_;  // waiting is new after every send and every arrival
   Lifelines lifelines_;
 };
 
@@ -294,6 +294,7 @@ absl::StatusOr<std::optional<Arrival>> MpiTransport::TryReceive(std::span<const 
     }
     if (next == transfers_.end() || !next->done) continue;
     std::optional<Arrival> arrival({what, std::move(next->message)});
+    backoff_.Restart();
     Remove(next - transfers_.begin());
     return arrival;
   }
