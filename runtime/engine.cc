@@ -161,6 +161,7 @@ absl::Status Engine::Reconfigure(const WireOptions& wire, kernels::KvFormat kv) 
   absl::Status status;
   try {
     wire_ = ResolveWire(config_, wire);
+    micro_batches_ = {};
     MakeCache(kv, kv_tokens());
     model_->SetPrecisions(wire_, kv);
   } catch (const std::bad_alloc&) {
@@ -198,8 +199,10 @@ absl::StatusOr<StepReport> Engine::Step() {
     report.generated_tokens += chunk.sample;
     rows += static_cast<int64_t>(chunk.tokens.size());
   }
-  plan.micro_batches =
-      options_.micro_batches > 0 ? options_.micro_batches : micro_batches_.Choose(rows);
+  if (config_.moe()) {
+    plan.micro_batches =
+        options_.micro_batches > 0 ? options_.micro_batches : micro_batches_.Choose(rows);
+  }
   report.micro_batches = plan.micro_batches;
   const auto start = std::chrono::steady_clock::now();
   const double waited = traffic().wait_seconds();

@@ -1,12 +1,14 @@
 #include "runtime/micro_batches.h"
 
+#include <algorithm>
 #include <bit>
 
 namespace ternion::runtime {
 
 // The first step of a way also grows buffers, so it counts for nothing after the second.
 void MicroBatchChooser::Way::Add(double new_seconds, double new_wait_share) {
-  const double weight = ++steps <= 2 ? 1 : 0.25;
+  steps = std::min(steps + 1, kTrials);
+  const double weight = steps <= 2 ? 1 : 0.5;
   seconds += weight * (new_seconds - seconds);
   wait_share += weight * (new_wait_share - wait_share);
 }
@@ -29,7 +31,9 @@ int MicroBatchChooser::Choose(int64_t rows) {
 
 void MicroBatchChooser::Record(int64_t rows, int micro_batches, double seconds,
                                double wait_seconds) {
-  SizeOf(rows).ways[micro_batches - 1].Add(seconds, seconds > 0 ? wait_seconds / seconds : 0);
+  if (rows < kMinRows || seconds <= 0) return;
+  const double seconds_per_row = seconds / static_cast<double>(rows);
+  SizeOf(rows).ways[micro_batches - 1].Add(seconds_per_row, wait_seconds / seconds);
 }
 
 }  // namespace ternion::runtime

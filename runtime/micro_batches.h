@@ -26,9 +26,9 @@ class MicroBatchChooser {
 
  private:
   struct Way {
-    int steps = 0;
-    double seconds = 0;     // of a step, recent ones weigh more
-    double wait_share = 0;  // of it
+    int steps = 0;          // seen, up to kTrials
+    double seconds = 0;     // per row, recent steps weigh more
+    double wait_share = 0;  // of the time
 
     void Add(double new_seconds, double new_wait_share);
   };

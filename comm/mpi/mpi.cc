@@ -43,7 +43,8 @@ absl::Status FromMpi(int code, const char* call, int peer = -1) {
 
 // Spends the time between two polls: first not at all, then by letting others run, then asleep, the
 // longer the more time passed already, so that a wait becomes at most an eighth longer. Sleeping
-// starts late: where ranks outnumber cores, who slept may get its core back some milliseconds later.
+// starts late: where ranks outnumber cores, who slept may get its core back some milliseconds
+// later.
 class Backoff {
  public:
   // From now on, waiting is new.
@@ -67,6 +68,10 @@ class Backoff {
  private:
   Clock::time_point start_ = Clock::now();
 };
+
+absl::Status Gone(RankId rank) {
+  return absl::UnavailableError(absl::StrCat("rank ", base::Index(rank), " is gone: it left"));
+}
 
 struct Transfer {
   Awaited what;  // incoming: from whom; else to whom
@@ -99,9 +104,10 @@ class MpiTransport : public Transport {
   absl::Status Idle();
   absl::Status Progress();
   absl::StatusOr<bool> BeginReceive();
-  MPI_Request* Begin(Transfer transfer);
+  void Add(Transfer transfer, MPI_Request request);
   void Remove(size_t transfer);
   bool IsSending() const;
+  std::vector<Transfer>::iterator FindIncoming(const Awaited& what);
   absl::Status WaitFor(MPI_Request* request);
   absl::Status Leave();
 
@@ -114,7 +120,7 @@ class MpiTransport : public Transport {
   std::vector<MPI_Request> requests_;  // [transfers]
   std::vector<int> done_;              // what Progress found
   std::vector<MPI_Status> statuses_;
-  Backoff backoff_;  // waiting is new after every send and every arrival
+  Backoff backoff_;  // of the wait in progress
   Lifelines lifelines_;
 };
 
@@ -179,24 +185,24 @@ absl::Status MpiTransport::Idle() {
 
 absl::Status MpiTransport::Send(RankId to, Phase phase, Message message) {
   TERNION_CHECK(base::Index(to) != rank_);
+  if (left_[base::Index(to)]) return Gone(to);
   if (message.size_bytes > INT_MAX) {
     return absl::InvalidArgumentError(absl::StrCat("message to rank ", base::Index(to), " has ",
                                                    message.size_bytes,
                                                    " bytes; MPI carries at most 2 GiB at once"));
   }
-  backoff_.Restart();
-  uint8_t* const bytes = message.memory.data();
-  const int count = static_cast<int>(message.size_bytes);
-  MPI_Request* const request = Begin({.what = {to, phase}, .message = std::move(message)});
-  return FromMpi(
-      MPI_Isend(bytes, count, MPI_BYTE, base::Index(to), static_cast<int>(phase), comm_, request),
-      "MPI_Isend", base::Index(to));
+  MPI_Request request = MPI_REQUEST_NULL;
+  TERNION_RETURN_IF_ERROR(
+      FromMpi(MPI_Isend(message.memory.data(), static_cast<int>(message.size_bytes), MPI_BYTE,
+                        base::Index(to), static_cast<int>(phase), comm_, &request),
+              "MPI_Isend", base::Index(to)));
+  Add({.what = {to, phase}, .message = std::move(message)}, request);
+  return absl::OkStatus();
 }
 
-MPI_Request* MpiTransport::Begin(Transfer transfer) {
+void MpiTransport::Add(Transfer transfer, MPI_Request request) {
   transfers_.push_back(std::move(transfer));
-  requests_.push_back(MPI_REQUEST_NULL);
-  return &requests_.back();
+  requests_.push_back(request);
 }
 
 void MpiTransport::Remove(size_t transfer) {
@@ -222,13 +228,13 @@ absl::StatusOr<bool> MpiTransport::BeginReceive() {
     return true;
   }
   Message message = Acquire(bytes);
-  uint8_t* const memory = message.memory.data();
-  MPI_Request* const request =
-      Begin({.what = {RankId{peer}, Phase{static_cast<uint8_t>(status.MPI_TAG)}},
-             .incoming = true,
-             .message = std::move(message)});
-  TERNION_RETURN_IF_ERROR(
-      FromMpi(MPI_Imrecv(memory, bytes, MPI_BYTE, &matched, request), "MPI_Imrecv", peer));
+  MPI_Request request = MPI_REQUEST_NULL;
+  TERNION_RETURN_IF_ERROR(FromMpi(
+      MPI_Imrecv(message.memory.data(), bytes, MPI_BYTE, &matched, &request), "MPI_Imrecv", peer));
+  Add({.what = {RankId{peer}, Phase{static_cast<uint8_t>(status.MPI_TAG)}},
+       .incoming = true,
+       .message = std::move(message)},
+      request);
   return true;
 }
 
@@ -245,12 +251,12 @@ absl::Status MpiTransport::Progress() {
   const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &num_done,
                                 done_.data(), statuses_.data());
   if (code != MPI_ERR_IN_STATUS) TERNION_RETURN_IF_ERROR(FromMpi(code, "MPI_Testsome"));
-  for (int i = 0; i < num_done; ++i) {  // MPI_UNDEFINED, where all were done before, is negative
-    Transfer& transfer = transfers_[done_[i]];
-    transfer.done = true;
-    if (code != MPI_ERR_IN_STATUS) continue;
+  // Where all were done before, num_done is MPI_UNDEFINED, which is negative.
+  for (int i = 0; i < num_done; ++i) transfers_[done_[i]].done = true;
+  for (int i = 0; i < num_done && code == MPI_ERR_IN_STATUS; ++i) {
+    const Transfer& transfer = transfers_[done_[i]];
     TERNION_RETURN_IF_ERROR(FromMpi(statuses_[i].MPI_ERROR,
-                                    transfer.incoming ? "receiving from" : "sending to",
+                                    transfer.incoming ? "MPI_Imrecv" : "MPI_Isend",
                                     base::Index(transfer.what.from)));
   }
   for (size_t i = transfers_.size(); i-- > 0;) {
@@ -267,6 +273,7 @@ bool MpiTransport::IsSending() const {
 }
 
 absl::Status MpiTransport::Flush() {
+  backoff_.Restart();
   while (true) {
     TERNION_RETURN_IF_ERROR(Progress());
     if (!IsSending()) return absl::OkStatus();
@@ -276,6 +283,7 @@ absl::Status MpiTransport::Flush() {
 
 absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) {
   TERNION_CHECK(!awaited.empty());
+  backoff_.Restart();
   while (true) {
     TERNION_ASSIGN_OR_RETURN(std::optional<Arrival> arrival, TryReceive(awaited));
     if (arrival) return *std::move(arrival);
@@ -285,20 +293,27 @@ absl::StatusOr<Arrival> MpiTransport::Receive(std::span<const Awaited> awaited) 
 
 absl::StatusOr<std::optional<Arrival>> MpiTransport::TryReceive(std::span<const Awaited> awaited) {
   TERNION_RETURN_IF_ERROR(Progress());
-  for (const Awaited& what : awaited) {
-    const auto next = std::find_if(transfers_.begin(), transfers_.end(),
-                                   [&](const Transfer& t) { return t.incoming && t.what == what; });
-    if (next == transfers_.end() && left_[base::Index(what.from)]) {
-      return absl::UnavailableError(
-          absl::StrCat("rank ", base::Index(what.from), " is gone: it left"));
-    }
-    if (next == transfers_.end() || !next->done) continue;
-    std::optional<Arrival> arrival({what, std::move(next->message)});
-    backoff_.Restart();
+  for (auto next = transfers_.begin(); next != transfers_.end(); ++next) {
+    if (!next->incoming || !next->done) continue;
+    if (std::find(awaited.begin(), awaited.end(), next->what) == awaited.end()) continue;
+    if (FindIncoming(next->what) != next) continue;  // an earlier one is still under way
+    std::optional<Arrival> arrival({next->what, std::move(next->message)});
     Remove(next - transfers_.begin());
     return arrival;
   }
+  for (const Awaited& what : awaited) {
+    if (left_[base::Index(what.from)] && FindIncoming(what) == transfers_.end()) {
+      return Gone(what.from);
+    }
+  }
   return std::optional<Arrival>();
+}
+
+// The first one that is not handed out.
+std::vector<Transfer>::iterator MpiTransport::FindIncoming(const Awaited& what) {
+  return std::find_if(transfers_.begin(), transfers_.end(), [&](const Transfer& transfer) {
+    return transfer.incoming && transfer.what == what;
+  });
 }
 
 // MPI_Alltoall of the sizes and MPI_Alltoallv of the bytes, which it wants in one buffer each.
@@ -363,12 +378,14 @@ MpiTransport::~MpiTransport() {
 absl::Status MpiTransport::Leave() {
   if (comm_ == MPI_COMM_NULL) return absl::OkStatus();
   lifelines_.SayGoodbye();
+  if (left_.empty()) return absl::OkStatus();  // connecting failed
   left_[rank_] = true;
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_) continue;
-    MPI_Request* const request = Begin({.what = {RankId{peer}, Phase::kControl}});
-    TERNION_RETURN_IF_ERROR(
-        FromMpi(MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, request), "MPI_Isend"));
+    MPI_Request request = MPI_REQUEST_NULL;
+    TERNION_RETURN_IF_ERROR(FromMpi(
+        MPI_Isend(nullptr, 0, MPI_BYTE, peer, kLeaveTag, comm_, &request), "MPI_Isend", peer));
+    Add({.what = {RankId{peer}, Phase::kControl}}, request);
   }
   backoff_.Restart();
   const auto is_done = [](const Transfer& transfer) { return transfer.done; };

@@ -3,8 +3,6 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <optional>
-#include <span>
 #include <string>
 #include <utility>
 
@@ -15,6 +13,7 @@
 #include "experts/trace.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/comm/faulty_transport.h"
 #include "tests/runtime/engine_support.h"
 #include "tests/testing/status.h"
 #include "tests/testing/temp_dir.h"
@@ -27,29 +26,17 @@ using test::IsInvalid;
 using Json = nlohmann::json;
 
 // A rank whose sends fail after a while.
-class FailingTransport : public comm::Transport {
+class FailingTransport : public comm::FaultyTransport {
  public:
   FailingTransport(comm::Transport* inner, int good_sends)
-      : Transport(std::make_shared<comm::MessagePool>()), inner_(inner), good_sends_(good_sends) {}
+      : FaultyTransport(inner), good_sends_(good_sends) {}
 
-  RankId rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  int NodeOf(RankId rank) const override { return inner_->NodeOf(rank); }
   absl::Status Send(RankId to, comm::Phase phase, comm::Message message) override {
     if (good_sends_-- <= 0) return absl::InternalError("pulled the plug");
-    return inner_->Send(to, phase, std::move(message));
+    return FaultyTransport::Send(to, phase, std::move(message));
   }
-  absl::StatusOr<comm::Arrival> Receive(std::span<const comm::Awaited> awaited) override {
-    return inner_->Receive(awaited);
-  }
-  absl::StatusOr<std::optional<comm::Arrival>> TryReceive(
-      std::span<const comm::Awaited> awaited) override {
-    return inner_->TryReceive(awaited);
-  }
-  void Abort(const absl::Status& status) override { inner_->Abort(status); }
 
  private:
-  comm::Transport* const inner_;
   int good_sends_;
 };
 

@@ -51,10 +51,12 @@ std::ostream& operator<<(std::ostream& out, const Outcome& outcome) {
   return out;
 }
 
-absl::Status RunToEnd(Engine& engine, std::map<SequenceId, Outcome>& outcomes) {
+absl::Status RunToEnd(Engine& engine, std::map<SequenceId, Outcome>& outcomes,
+                      std::set<int>* micro_batches) {
   for (int step = 0; !engine.idle(); ++step) {
     if (step > 10000) return absl::InternalError("it never ends");
     TERNION_ASSIGN_OR_RETURN(const StepReport report, engine.Step());
+    if (micro_batches != nullptr) micro_batches->insert(report.micro_batches);
     for (const SequenceEvent& event : report.events) {
       Outcome& outcome = outcomes[event.sequence];
       if (event.token >= 0) outcome.tokens.push_back(event.token);

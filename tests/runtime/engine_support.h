@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -58,7 +59,9 @@ struct Outcome {
 
 std::ostream& operator<<(std::ostream& out, const Outcome& outcome);
 
-absl::Status RunToEnd(Engine& engine, std::map<SequenceId, Outcome>& outcomes);
+// `micro_batches`, if not null: gets the numbers in which steps went.
+absl::Status RunToEnd(Engine& engine, std::map<SequenceId, Outcome>& outcomes,
+                      std::set<int>* micro_batches = nullptr);
 
 // The outcomes of all requests, submitted together, in their order.
 std::vector<Outcome> Generate(const WorldCase& c, const std::vector<Request>& requests);
