@@ -1,0 +1,412 @@
+#!/usr/bin/env python3
+"""Measures the exchange on a virtual cluster of four hosts and writes docs/results/exchange.*.
+
+    make build && sudo /usr/bin/python3 scripts/exchange_report.py
+
+Takes about half an hour on two cores. Writes what ran as JSON, exchange.svg, and the tables between
+the marks of docs/results/exchange.md; --tables does the latter two from the JSON that is there.
+Needs what cluster/virtual/cluster needs (root, iproute2), and Debian's python3-matplotlib.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TERNION = ROOT / "build/release/ternion"
+CLUSTER = ROOT / "cluster/virtual/cluster"
+RESULTS = ROOT / "docs/results"
+LADDERS = [ROOT / "docs/results/quality-tiny-a48.json", ROOT / "docs/results/quality-tiny.json"]
+
+RANKS = 16  # of the report; four per host
+TOKENS = {"1gbit": [1, 8, 32, 128], "none": [1, 8, 32, 128, 256]}  # by rate, per rank
+
+# The model whose decode is timed, one rank per host. Random weights: speed does not depend on them.
+MODEL = {
+    "architectures": ["BitNetMoeForCausalLM"],
+    "model_type": "bitnet_moe",
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "moe_intermediate_size": 4096,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "shared_expert_intermediate_size": 0,
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "act_bits": 4,
+    "kv_bits": 3,
+    "quantization_config": {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "offline",
+        "modules_to_not_convert": ["lm_head", "gate"],
+    },
+}
+# What is compared, by turns: sequences in all, rate, tokens each, and (wire, micro-batches).
+DECODES = [
+    (32, "12mbit", 20, [("bf16", "1"), ("int4", "1"), ("bf16", "2"), ("int4", "2")]),
+    (32, "20mbit", 32, [("int4", "1"), ("int4", "2"), ("int4", "auto")]),
+    (128, "25mbit", 20, [("int4", "1"), ("int4", "2"), ("int4", "auto")]),
+    (128, "none", 20, [("int4", "1"), ("int4", "2"), ("int4", "auto")]),
+]
+REPETITIONS = 5
+
+
+def run(*command: object) -> str:
+    return subprocess.run(
+        [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def across_hosts(ranks: int, *arguments: object) -> None:
+    run(CLUSTER, "run", "-n", ranks, TERNION, *arguments)
+
+
+def ladder_flags() -> list:
+    return [word for path in LADDERS for word in ("--ladder", path)]
+
+
+# ---- Measuring
+
+
+def measure_shape(rate: str, out: Path) -> None:
+    """Every wire at the shape of DeepSeek-V3."""
+    run(CLUSTER, "rate", rate)
+    tokens = ",".join(map(str, TOKENS[rate]))
+    across_hosts(
+        RANKS, "bench", "exchange", "--shape", "deepseek-v3", "--tokens", tokens,
+        "--seconds", 0.5, *ladder_flags(), "--json", out / f"exchange-deepseek-v3-{rate}.json",
+        "--matrix", out / f"exchange-deepseek-v3-{rate}.csv",
+    )  # fmt: skip
+
+
+def measure_trace(trace: Path, out: Path) -> None:
+    """The routing of a bundled model, whose placements have something to save."""
+    for rate in ("1gbit", "100mbit"):
+        run(CLUSTER, "rate", rate)
+        across_hosts(
+            4, "bench", "exchange", "--trace", trace, "--hidden", 2048, "--tokens", 128,
+            "--seconds", 2, "--json", out / f"exchange-trace-{rate}.json",
+        )  # fmt: skip
+
+
+def write_prompts(path: Path, count: int) -> None:
+    words = "candle ship storm water house garden letter stone winter bread river king".split()
+    choose = random.Random(1)
+    lines = (" ".join(choose.choice(words) for _ in range(3)) for _ in range(count))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def measure_decode(model: Path, prompts: Path, tokens: int, wire: str, batches: str) -> dict:
+    out = prompts.with_suffix(".json")
+    across_hosts(
+        4, "run", "--model", model, "--prompt-file", prompts, "--max-tokens", tokens,
+        "--wire-dispatch", wire, "--wire-combine", wire, "--micro-batches", batches,
+        "--json", out,
+    )  # fmt: skip
+    report = json.loads(out.read_text())
+    return {"decode_tok_s": report["decode_tok_s"], **report["decode_time"]}
+
+
+def measure_decodes(directory: Path) -> list:
+    config, model, prompts = directory / "config.json", directory / "model", directory / "p.txt"
+    config.write_text(json.dumps(MODEL))
+    run(TERNION, "synth", "--config", config, "--out", model)
+    table = []
+    for sequences, rate, tokens, variants in DECODES:
+        run(CLUSTER, "rate", rate)
+        write_prompts(prompts, sequences)
+        runs = {variant: [] for variant in variants}
+        for _ in range(REPETITIONS):
+            for variant in variants:  # by turns: a slow minute of the machine hits all alike
+                runs[variant].append(measure_decode(model, prompts, tokens, *variant))
+        for (wire, batches), of_variant in runs.items():
+            table.append(
+                {"sequences": sequences, "rate": rate, "wire": wire, "micro_batches": batches,
+                 "runs": of_variant}
+            )  # fmt: skip
+            print(sequences, rate, wire, batches, [round(r["decode_tok_s"]) for r in of_variant])
+    return table
+
+
+def machine() -> dict:
+    cpu = next(
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    commit = run("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=7").strip()
+    return {
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": os.uname().release,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def measure() -> None:
+    about = machine()
+    with tempfile.TemporaryDirectory() as name:
+        directory, out = Path(name), Path(name) / "results"
+        out.mkdir()
+        trace = directory / "tiny-a48.trace"
+        run(
+            TERNION, "eval", "--model", ROOT / "models/tiny-a48",
+            "--text", ROOT / "models/tiny/test.txt", "--record-trace", trace,
+        )  # fmt: skip
+        run(CLUSTER, "up", 4)
+        try:
+            decode = measure_decodes(directory)
+            measure_trace(trace, out)
+            for rate in TOKENS:
+                measure_shape(rate, out)
+        finally:
+            run(CLUSTER, "down")
+        value = {"machine": about, "model": MODEL, "decode": decode}
+        (out / "exchange-decode.json").write_text(json.dumps(value, indent=1) + "\n")
+        for path in out.iterdir():  # all at once: what is there belongs together
+            shutil.copy(path, RESULTS)
+
+
+# ---- Telling
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"exchange-{name}.json").read_text())
+
+
+def case_of(report: dict, wire: str, tokens: int) -> dict:
+    return next(c for c in report["cases"] if c["wire"] == wire and c["tokens_per_rank"] == tokens)
+
+
+def p50_ms(case: dict) -> float:
+    return case["time_us"]["total"]["p50"] * 1e-3
+
+
+def markdown(header: list, lines: list) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+
+
+def wire_table(tokens: int = 128) -> str:
+    shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
+    base = case_of(shaped, "bf16/bf16", tokens)["per_token_and_layer"]["message_bytes"]
+    lines = []
+    for case in shaped["cases"]:
+        if case["tokens_per_rank"] != tokens:
+            continue
+        each, quality = case["per_token_and_layer"], case["quality_change_percent"]
+        times = case["time_us"]["total"]
+        lines.append(
+            [case["wire"]]
+            + [f"{each[k] / 1e3:.2f}" for k in ("payload_bytes", "message_bytes")]
+            + [f"{100 * case['efficiency']:.1f} %", f"{base / each['message_bytes']:.2f}x"]
+            + [f"{each[k] / 1e3:.2f}" for k in ("inter_node_bytes", "nic_bytes")]
+            + [f"{times['p50'] / 1e3:.0f} / {times['p90'] / 1e3:.0f}"]
+            + [f"{p50_ms(case_of(unshaped, case['wire'], tokens)):.0f}"]
+            + ["" if quality is None else f"{quality:+.3f} %"]
+            + ["yes" if case["verified"] else "**no**"]
+        )
+    for size in shaped["sizes_only"]:
+        if size["tokens_per_rank"] == tokens:
+            kilobytes = f"{size['payload_bytes'] / 1e3:.2f}"
+            lines.append([size["wire"] + ", sizes only", kilobytes] + [""] * 9)
+    header = ["wire (dispatch/combine)", "payload", "message", "floor/message", "bf16/bf16 over it"]
+    header += ["inter-node", "NIC", "ms, 1 Gbit/s: p50 / p90", "ms, unshaped", "bits per byte"]
+    return markdown(header + ["sums right"], lines)
+
+
+def ladder_table() -> str:
+    lines = []
+    for rate in TOKENS:
+        report = read(f"deepseek-v3-{rate}")
+        for tokens in TOKENS[rate]:
+            line = ["1 Gbit/s" if rate == "1gbit" else "unshaped", tokens]
+            for wire in ("int4/int4", "int8/bf16", "bf16/bf16", "bf16/bf16, no dedup"):
+                line.append(f"{p50_ms(case_of(report, wire, tokens)):.1f}")
+            line.append(f"{p50_ms(case_of(report, 'int4/int4, alltoallv', tokens)):.1f}")
+            each = case_of(report, "int4/int4", tokens)
+            bytes_each = each["per_token_and_layer"]
+            messages = sum(each["traffic"][p]["messages"] for p in ("dispatch", "combine"))
+            total = sum(each["traffic"][p]["message_bytes"] for p in ("dispatch", "combine"))
+            line.append(f"{total / messages / 1e3:.1f}")
+            line.append(f"{bytes_each['nic_bytes'] / bytes_each['inter_node_bytes']:.3f}")
+            lines.append(line)
+    header = ["links", "tokens per rank", "int4/int4", "int8/bf16", "bf16/bf16"]
+    header += ["bf16/bf16, no dedup", "int4/int4 by alltoallv", "kB per message", "NIC/message"]
+    return markdown(header, lines)
+
+
+def factor_table(tokens: int = 128) -> str:
+    shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
+    lines = []
+    for factor, other in zip(shaped["factors"][str(tokens)], unshaped["factors"][str(tokens)]):
+        lines.append(
+            [factor["what"], f"{factor['from']} → {factor['to']}"]
+            + [f"{factor[k]:.2f}x" for k in ("bytes", "inter_node_bytes", "time")]
+            + [f"{other['time']:.2f}x"]
+        )
+    header = ["switch", "from → to", "fewer message bytes", "fewer inter-node bytes"]
+    return markdown(header + ["less time, 1 Gbit/s", "less time, unshaped"], lines)
+
+
+def placement_table(tokens: int = 128) -> str:
+    reports = [read("trace-1gbit"), read("trace-100mbit")]
+    lines = []
+    for name in ("contiguous", "balanced", "local"):
+        statistics_of = reports[0]["placements"][name]
+        wire = "int4/int4" + ("" if name == "contiguous" else f", {name}")
+        cases = [case_of(report, wire, tokens) for report in reports]
+        lines.append(
+            [name, f"{statistics_of['remote_ranks']:.3f}"]
+            + [f"{statistics_of['max_over_mean_load']:.3f}"]
+            + [
+                f"{cases[0]['per_token_and_layer'][key] / 1e3:.3f}"
+                for key in ("message_bytes", "bottleneck_link_bytes")
+            ]
+            + [f"{p50_ms(case):.1f}" for case in cases]
+        )
+    header = ["placement", "remote ranks", "load max/mean", "message kB", "busiest link kB"]
+    return markdown(header + ["ms, 1 Gbit/s", "ms, 100 Mbit/s"], lines)
+
+
+def median_of(runs: list, key: str) -> float:
+    return statistics.median(one[key] for one in runs)
+
+
+def decode_table() -> str:
+    lines = []
+    table = read("decode")["decode"]
+    for entry in table:
+        first = next(
+            e for e in table if (e["sequences"], e["rate"]) == (entry["sequences"], entry["rate"])
+        )
+        pairs = zip(entry["runs"], first["runs"])
+        ratios = sorted(a["decode_tok_s"] / b["decode_tok_s"] for a, b in pairs)
+        lines.append(
+            [entry["sequences"], entry["rate"], f"{entry['wire']}/{entry['wire']}"]
+            + [entry["micro_batches"], f"{median_of(entry['runs'], 'decode_tok_s'):.1f}"]
+            + [
+                "1"
+                if entry is first
+                else f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            ]
+            + [
+                f"{median_of(entry['runs'], key):.0f}"
+                for key in ("step_ms", "compute_ms", "wire_ms", "wait_ms")
+            ]
+        )
+    header = ["sequences", "links", "wire", "micro-batches", "decode tok/s", "times the first"]
+    return markdown(header + ["step ms", "compute ms", "wire ms", "wait ms"], lines)
+
+
+def tables() -> str:
+    about = read("decode")["machine"]
+    shaped = read("deepseek-v3-1gbit")
+    memory = max(c["peak_memory_bytes"] for c in shaped["cases"]) / 1e6
+    return "\n".join(
+        [
+            f"Commit {about['commit']}, {about['cores']} cores of an {about['cpu']} "
+            f"({shaped['isa']}), Linux {about['kernel']}, {about['date']}.\n",
+            "### Wires: kB per token and layer, 128 tokens per rank\n",
+            wire_table(),
+            f"16 ranks, four per host; the largest held {memory:.0f} MB.\n",
+            "### Tokens per rank: ms for one layer, dispatch and combine\n",
+            ladder_table(),
+            "### One switch each, 128 tokens per rank\n",
+            factor_table(),
+            "### Placements, recorded routing\n",
+            placement_table(),
+            "### Decode\n",
+            decode_table(),
+        ]
+    )
+
+
+def phase_kilobytes(case: dict, phase: str) -> float:
+    total = sum(case["traffic"][p]["message_bytes"] for p in ("dispatch", "combine"))
+    share = case["traffic"][phase]["message_bytes"] / total
+    return share * case["per_token_and_layer"]["message_bytes"] / 1e3
+
+
+def draw() -> None:
+    shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
+    wires = ["int4/int4", "int4/int8", "int8/int8", "int4/bf16", "int8/bf16", "bf16/bf16"]
+    wires += ["bf16/bf16, no dedup"]
+    cases = [case_of(shaped, wire, 128) for wire in wires]
+    matplotlib.rcParams.update({"svg.hashsalt": "ternion", "svg.fonttype": "none"})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    starts = [0.0] * len(cases)
+    for phase, color in (("dispatch", "#1b6ca8"), ("combine", "#e08e1a")):
+        kilobytes = [phase_kilobytes(case, phase) for case in cases]
+        left.barh(wires, kilobytes, left=starts, color=color, label=phase)
+        starts = [start + more for start, more in zip(starts, kilobytes)]
+    left.set_xlabel("message kB per token and layer")
+    left.legend(fontsize=8)
+    left.invert_yaxis()
+    positions = range(len(wires))
+    for report, color, shift, name in (
+        (shaped, "#1b6ca8", -0.2, "1 Gbit/s"),
+        (unshaped, "#2a9d5c", 0.2, "unshaped"),
+    ):
+        times = [p50_ms(case_of(report, wire, 128)) for wire in wires]
+        right.barh([p + shift for p in positions], times, height=0.4, color=color, label=name)
+    right.set_xlabel("ms for one layer, 128 tokens per rank (median)")
+    right.legend(fontsize=8)
+    figure.suptitle("DeepSeek-V3's shape, 16 ranks on 4 virtual hosts of one machine", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "exchange.svg", metadata={"Date": None})
+
+
+PAGE = RESULTS / "exchange.md"
+BEGIN, END = "<!-- tables: scripts/exchange_report.py -->\n", "<!-- end of tables -->\n"
+
+
+def write_tables() -> None:
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + tables() + END + rest.split(END)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tables", action="store_true", help="tables and picture, no measuring")
+    only_tables = parser.parse_args().tables
+    if any(PAGE.read_text().count(mark) != 1 for mark in (BEGIN, END)):
+        sys.exit(f"{PAGE}: the marks of the tables are missing")
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda *_: sys.exit(1))  # so that the cluster goes down
+    if not only_tables:
+        measure()
+    draw()
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()
