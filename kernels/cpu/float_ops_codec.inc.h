@@ -17,21 +17,10 @@ TERNION_INLINE void ForEachBlock(int64_t dim, F f) {
 }
 
 template <RowFormat kFormat>
-inline void StoreCodesN(const I8x16& a, uint8_t* p, int64_t n) {
-  kFormat == RowFormat::kInt8 ? StoreBytesN(a, p, n) : StoreNibblesN(a, p, n);
-}
-template <RowFormat kFormat>
 inline F32x16 LoadCodesN(const uint8_t* p, int64_t n) {
   return Widen(kFormat == RowFormat::kInt8 ? LoadBytesN(p, n) : LoadNibblesN(p, n));
 }
 
-// The smallest bf16 not below x >= 0: a scale that is rounded down would push codes past their
-// range. NaN for infinity.
-inline uint16_t ScaleBits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits < 0x7f800000 ? static_cast<uint16_t>((bits + 0xffff) >> 16) : uint16_t{0x7fc0};
-}
 inline float ScaleOf(uint16_t bits) {
   const uint32_t wide = uint32_t{bits} << 16;
   float scale;
@@ -39,59 +28,70 @@ inline float ScaleOf(uint16_t bits) {
   return scale;
 }
 
-// The largest magnitude. Min turns a NaN into infinity, since Max would lose it.
-inline float AbsMax(const float* x, int64_t count) {
-  F32x16 largest = Zero();
-  ForEachVector(count, [&](int64_t i, int64_t n) {
-    largest = Max(Min(Abs(LoadN(x + i, n)), Set1(__builtin_inff())), largest);
-  });
-  return MaxLane(largest);
-}
-
-template <RowFormat kFormat, typename F>
-TERNION_INLINE void StoreRounded(const float* x, int64_t count, uint8_t* codes, F quotient) {
-  ForEachVector(count, [&](int64_t i, int64_t n) {
-    // The sum's low bits are those of the quotient, rounded.
-    const I8x16 code = LowBytes(quotient(LoadN(x + i, n)) + Set1(kRoundMagic));
-    StoreCodesN<kFormat>(code, codes + CodeBytes(kFormat, i), n);
-  });
-}
-
-// Codes of one block.
+// What rounds to a whole number is stored with its lowest 8 or 4 bits.
 template <RowFormat kFormat>
-TERNION_INLINE void EncodeBlock(const float* x, int64_t count, float scale, uint8_t* codes) {
+TERNION_INLINE void StoreRounded(const F32x16& x, uint8_t* codes, int64_t n) {
+  // The sum's low bits are those of the rounded number.
+  const F32x16 rounded = x + Set1(kRoundMagic);
+  if constexpr (kFormat == RowFormat::kInt8) return StoreBytesN(LowBytes(rounded), codes, n);
+  if (n == kLanes) return StoreLowNibbles(rounded, codes);
+  StoreNibblesN(LowBytes(rounded), codes, n);
+}
+
+// Codes of one block; inverse is 1 / scale.
+template <RowFormat kFormat>
+TERNION_INLINE void EncodeBlock(const float* x, int64_t count, float scale, float inverse,
+                                uint8_t* codes) {
   if (scale >= kLeastRatioDivisor) [[likely]] {
-    const F32x16 inverse = Set1(1.0f / scale);
-    StoreRounded<kFormat>(x, count, codes,
-                          [&](const F32x16& v) { return Ratio(v, Set1(scale), inverse); });
+    ForEachVector(count, [&](int64_t i, int64_t n) {
+      StoreRounded<kFormat>(Ratio(LoadN(x + i, n), Set1(scale), Set1(inverse)),
+                            codes + CodeBytes(kFormat, i), n);
+    });
   } else if (scale > 0) {
-    StoreRounded<kFormat>(x, count, codes, [&](const F32x16& v) { return v / Set1(scale); });
+    ForEachVector(count, [&](int64_t i, int64_t n) {
+      StoreRounded<kFormat>(LoadN(x + i, n) / Set1(scale), codes + CodeBytes(kFormat, i), n);
+    });
   } else {  // 0 or NaN
     std::memset(codes, 0, static_cast<size_t>(CodeBytes(kFormat, count)));
   }
 }
 
+// Up to sixteen blocks, whose scales are worked out side by side.
+template <RowFormat kFormat>
+TERNION_INLINE void EncodeGroup(const float* x, int64_t count, uint8_t* scales, uint8_t* codes) {
+  constexpr int64_t kBlock = BlocksOf(kFormat).elements;
+  U32x16 magnitudes[kLanes] = {};
+  ForEachBlock<kBlock>(count, [&](int64_t b, int64_t begin, int64_t size) {
+    ForEachVector(size, [&](int64_t i, int64_t n) {
+      magnitudes[b] = Max(magnitudes[b], Magnitude(LoadN(x + begin + i, n)));
+    });
+  });
+  // Rounded up: a scale that is rounded down would push codes past their range.
+  const F32x16 exact = MaxOfEach(magnitudes) / Set1(BlocksOf(kFormat).max_code);
+  const F32x16 finite = IfLess(exact, Set1(__builtin_inff()), exact, Set1(__builtin_nanf("")));
+  const F32x16 rounded = CeilBf16(finite);
+  uint16_t bits[kLanes];
+  StoreBf16(rounded, bits);
+  std::memcpy(scales, bits, static_cast<size_t>(ScaleBytes(kFormat, count)));
+  float scale[kLanes], inverse[kLanes];
+  Store(rounded, scale);
+  Store(Set1(1.0f) / rounded, inverse);
+  ForEachBlock<kBlock>(count, [&](int64_t b, int64_t begin, int64_t size) {
+    EncodeBlock<kFormat>(x + begin, size, scale[b], inverse[b], codes + CodeBytes(kFormat, begin));
+  });
+}
+
 template <RowFormat kFormat>
 inline void EncodeBlocks(const float* x, int64_t dim, uint8_t* out) {
-  constexpr int64_t kBlock = BlocksOf(kFormat).elements;
-  constexpr int64_t kStep = kLanes * kBlock;
+  constexpr int64_t kGroup = kLanes * BlocksOf(kFormat).elements;
   uint8_t* codes = out + ScaleBytes(kFormat, dim);
-  for (int64_t i = 0; i < dim; i += kStep) {
-    const int64_t count = dim - i < kStep ? dim - i : kStep;
-    float scales[kLanes] = {};
-    uint16_t bits[kLanes];
-    ForEachBlock<kBlock>(
-        count, [&](int64_t b, int64_t j, int64_t n) { scales[b] = AbsMax(x + i + j, n); });
-    for (int l = 0; l < kLanes; ++l) {
-      bits[l] = ScaleBits(scales[l] / BlocksOf(kFormat).max_code);
-      scales[l] = ScaleOf(bits[l]);
-    }
-    std::memcpy(out + ScaleBytes(kFormat, i), bits,
-                static_cast<size_t>(ScaleBytes(kFormat, count)));
-    ForEachBlock<kBlock>(count, [&](int64_t b, int64_t j, int64_t n) {
-      EncodeBlock<kFormat>(x + i + j, n, scales[b], codes + CodeBytes(kFormat, i + j));
-    });
+  int64_t i = 0;
+  for (; i + kGroup <= dim; i += kGroup) {
+    EncodeGroup<kFormat>(x + i, kGroup, out + ScaleBytes(kFormat, i),
+                         codes + CodeBytes(kFormat, i));
   }
+  if (i == dim) return;
+  EncodeGroup<kFormat>(x + i, dim - i, out + ScaleBytes(kFormat, i), codes + CodeBytes(kFormat, i));
 }
 
 inline void EncodeRow(RowFormat format, const float* x, int64_t dim, uint8_t* out) {

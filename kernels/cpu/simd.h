@@ -38,6 +38,7 @@ constexpr int kLanes = 16;
 //   Abs
 //   FirstN(a, n, b)   lanes below n of a, the others of b
 //   IfLess(a, b, y, n)  a < b ? y : n
+//   CeilBf16(a)       the smallest bf16 not below a >= 0; __builtin_nanf("") stays as it is
 //   ShiftExponent     the float whose bits are a's bits + (b's bits << 23)
 //   Sum(a)            lanes added pairwise: l and l + 8, then 4, 2, 1
 //   MaxLane(a)        the same with Max
@@ -46,6 +47,9 @@ constexpr int kLanes = 16;
 //   U32x16            sixteen 32-bit words
 //   LoadWords<b>(p)   each of b bytes (3 or 4), lowest byte first; of 3, the upper is unspecified
 //   a >> n            every word
+//   Magnitude(a)      the bits of |a|: their order is that of |a|, with NaN above infinity
+//   Max(a, b)         of words that are magnitudes
+//   MaxOfEach(a)      sixteen vectors' largest magnitudes: lane i is a[i]'s, as a float
 //   CodeValue<b>(a)   the lowest b bits (3 or 4) of each word as code - 2^(b-1) + 0.5
 
 #if defined(__AVX512F__)
@@ -96,6 +100,10 @@ inline F32x16 FirstN(F32x16 a, int64_t n, F32x16 b) {
 inline F32x16 IfLess(F32x16 a, F32x16 b, F32x16 yes, F32x16 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
+inline F32x16 CeilBf16(F32x16 a) {
+  const __m512i above = _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0xffff));
+  return {_mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), above))};
+}
 inline F32x16 ShiftExponent(F32x16 a, F32x16 b) {
   const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(b.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), shift))};
@@ -134,6 +142,34 @@ inline U32x16 LoadWords(const uint8_t* p) {
       _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, bytes), spread))};
 }
 inline U32x16 operator>>(U32x16 a, int n) { return {a.v >> n}; }
+inline U32x16 Magnitude(F32x16 a) { return {reinterpret_cast<U32x16::Words>(Abs(a).v)}; }
+inline U32x16 Max(U32x16 a, U32x16 b) {
+  return {reinterpret_cast<U32x16::Words>(
+      _mm512_max_epu32(reinterpret_cast<__m512i>(a.v), reinterpret_cast<__m512i>(b.v)))};
+}
+// Each step halves the words that are left of two vectors and puts them into one.
+inline F32x16 MaxOfEach(const U32x16 (&a)[kLanes]) {
+  __m512 by8[8], by4[4], by2[2];
+  const auto max = [](__m512 x, __m512 y) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(x), _mm512_castps_si512(y)));
+  };
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = reinterpret_cast<__m512>(a[i / 4 * 8 + i % 4].v);
+    const __m512 y = reinterpret_cast<__m512>(a[i / 4 * 8 + i % 4 + 4].v);
+    by8[i] = max(_mm512_shuffle_f32x4(x, y, _MM_SHUFFLE(1, 0, 1, 0)),
+                 _mm512_shuffle_f32x4(x, y, _MM_SHUFFLE(3, 2, 3, 2)));
+  }
+  for (int i = 0; i < 4; ++i) {
+    by4[i] = max(_mm512_shuffle_f32x4(by8[i], by8[i + 4], _MM_SHUFFLE(2, 0, 2, 0)),
+                 _mm512_shuffle_f32x4(by8[i], by8[i + 4], _MM_SHUFFLE(3, 1, 3, 1)));
+  }
+  for (int i = 0; i < 2; ++i) {
+    by2[i] = max(_mm512_shuffle_ps(by4[2 * i], by4[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0)),
+                 _mm512_shuffle_ps(by4[2 * i], by4[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2)));
+  }
+  return {max(_mm512_shuffle_ps(by2[0], by2[1], _MM_SHUFFLE(2, 0, 2, 0)),
+              _mm512_shuffle_ps(by2[0], by2[1], _MM_SHUFFLE(3, 1, 3, 1)))};
+}
 // A table look-up, which reads four bits of each word: for 3, what the fourth is does not matter.
 template <int kBits>
 inline F32x16 CodeValue(U32x16 a) {
@@ -230,6 +266,11 @@ inline F32x16 IfLess(F32x16 a, F32x16 b, F32x16 yes, F32x16 no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
+inline __m256 CeilBf16(__m256 a) {
+  const __m256i above = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(0xffff));
+  return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_set1_epi32(0xffff), above));
+}
+inline F32x16 CeilBf16(F32x16 a) { return {CeilBf16(a.lo), CeilBf16(a.hi)}; }
 inline __m256 ShiftExponent(__m256 a, __m256 b) {
   const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(b), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), shift));
@@ -281,6 +322,31 @@ inline U32x16 LoadWords(const uint8_t* p) {
 inline U32x16 operator>>(U32x16 a, int n) {
   return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
 }
+inline U32x16 Magnitude(F32x16 a) {
+  return {_mm256_castps_si256(Abs(a).lo), _mm256_castps_si256(Abs(a).hi)};
+}
+inline U32x16 Max(U32x16 a, U32x16 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+// Eight vectors: each step halves the words that are left of two and puts them into one.
+inline __m256 MaxOfEach8(const U32x16* a) {
+  __m256 by8[8], by4[4], by2[2];
+  const auto max = [](__m256 x, __m256 y) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+  };
+  for (int i = 0; i < 8; ++i) by8[i] = _mm256_castsi256_ps(_mm256_max_epi32(a[i].lo, a[i].hi));
+  for (int i = 0; i < 4; ++i) {
+    by4[i] = max(_mm256_permute2f128_ps(by8[i], by8[i + 4], 0x20),
+                 _mm256_permute2f128_ps(by8[i], by8[i + 4], 0x31));
+  }
+  for (int i = 0; i < 2; ++i) {
+    by2[i] = max(_mm256_shuffle_ps(by4[2 * i], by4[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0)),
+                 _mm256_shuffle_ps(by4[2 * i], by4[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2)));
+  }
+  return max(_mm256_shuffle_ps(by2[0], by2[1], _MM_SHUFFLE(2, 0, 2, 0)),
+             _mm256_shuffle_ps(by2[0], by2[1], _MM_SHUFFLE(3, 1, 3, 1)));
+}
+inline F32x16 MaxOfEach(const U32x16 (&a)[kLanes]) { return {MaxOfEach8(a), MaxOfEach8(a + 8)}; }
 template <int kBits>
 inline __m256 CodeValue(__m256i a) {
   if constexpr (kBits == 3) {  // a table look-up, which reads three bits
@@ -364,6 +430,14 @@ inline F32x16 FirstN(const F32x16& a, int64_t n, const F32x16& b) {
 inline F32x16 IfLess(const F32x16& a, const F32x16& b, const F32x16& yes, const F32x16& no) {
   return EachLane([&](int l) { return a.v[l] < b.v[l] ? yes.v[l] : no.v[l]; });
 }
+inline F32x16 CeilBf16(const F32x16& a) {
+  uint32_t bits[kLanes];
+  std::memcpy(bits, a.v, sizeof(bits));
+  for (uint32_t& word : bits) word = (word + 0xffff) & 0xffff0000;
+  F32x16 result;
+  std::memcpy(result.v, bits, sizeof(bits));
+  return result;
+}
 inline F32x16 ShiftExponent(const F32x16& a, const F32x16& b) {
   uint32_t bits[kLanes], shift[kLanes];
   std::memcpy(bits, a.v, sizeof(bits));
@@ -411,6 +485,26 @@ inline U32x16 operator>>(const U32x16& a, int n) {
   U32x16 words;
   for (int l = 0; l < kLanes; ++l) words.v[l] = a.v[l] >> n;
   return words;
+}
+inline U32x16 Magnitude(const F32x16& a) {
+  U32x16 words;
+  std::memcpy(words.v, a.v, sizeof(words));
+  for (uint32_t& word : words.v) word &= 0x7fffffff;
+  return words;
+}
+inline U32x16 Max(const U32x16& a, const U32x16& b) {
+  U32x16 words;
+  for (int l = 0; l < kLanes; ++l) words.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l];
+  return words;
+}
+inline F32x16 MaxOfEach(const U32x16 (&a)[kLanes]) {
+  uint32_t words[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    for (const uint32_t word : a[i].v) words[i] = word > words[i] ? word : words[i];
+  }
+  F32x16 result;
+  std::memcpy(result.v, words, sizeof(words));
+  return result;
 }
 template <int kBits>
 inline F32x16 CodeValue(const U32x16& a) {

@@ -15,6 +15,7 @@ struct I8x16 {
 // Per instruction set below:
 //   LowBytes(a)       the lowest 8 bits of each float's bits
 //   Widen(a)          int8 as floats
+//   StoreLowNibbles   the lowest 4 bits of each float's bits as 8 bytes, the first in the low half
 //   StoreBf16         rounded to nearest even; NaN stays NaN
 
 // One float, likewise.
@@ -30,6 +31,13 @@ inline uint16_t ToBf16(float x) {
 
 inline I8x16 LowBytes(F32x16 a) { return {_mm512_cvtepi32_epi8(_mm512_castps_si512(a.v))}; }
 inline F32x16 Widen(I8x16 a) { return WidenI8(a.v); }
+inline void StoreLowNibbles(F32x16 a, void* p) {
+  const __m512i even = _mm512_castps_si512(a.v);  // of each pair; the odd one stands above it
+  const __m512i odd = _mm512_srli_epi64(even, 28);
+  const __m512i low = _mm512_set1_epi64(15);
+  const __m512i joined = _mm512_ternarylogic_epi64(low, even, odd, 0xca);  // low ? even : odd
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm512_cvtepi64_epi8(joined));
+}
 inline void StoreBf16(F32x16 a, void* p) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i upper = _mm512_srli_epi32(bits, 16);
@@ -128,6 +136,9 @@ inline void StoreNibbles(I8x16 a, void* p) {
   const __m128i pairs = JoinNibbles(a.v);
   _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
 }
+#if !defined(__AVX512F__)
+inline void StoreLowNibbles(const F32x16& a, void* p) { StoreNibbles(LowBytes(a), p); }
+#endif
 
 // 32 of them.
 inline void UnpackNibbles(const uint8_t* packed, int8_t* codes) {
