@@ -299,29 +299,34 @@ def median_of(runs: list, key: str) -> float:
     return statistics.median(one[key] for one in runs)
 
 
+def ratio_of(entry: dict, base: dict) -> str:
+    """Decode rates over those of `base`, run by run: the median, the least and the greatest."""
+    if entry is base:
+        return "1"
+    pairs = zip(entry["runs"], base["runs"])
+    ratios = sorted(a["decode_tok_s"] / b["decode_tok_s"] for a, b in pairs)
+    return f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
 def decode_table() -> str:
     lines = []
     table = read("decode")["decode"]
     for entry in table:
-        first = next(
-            e for e in table if (e["sequences"], e["rate"]) == (entry["sequences"], entry["rate"])
+        block = [e for e in table if all(e[k] == entry[k] for k in ("sequences", "rate"))]
+        undivided = next(
+            e for e in block if (e["wire"], e["micro_batches"]) == (entry["wire"], "1")
         )
-        pairs = zip(entry["runs"], first["runs"])
-        ratios = sorted(a["decode_tok_s"] / b["decode_tok_s"] for a, b in pairs)
         lines.append(
             [entry["sequences"], entry["rate"], f"{entry['wire']}/{entry['wire']}"]
             + [entry["micro_batches"], f"{median_of(entry['runs'], 'decode_tok_s'):.1f}"]
-            + [
-                "1"
-                if entry is first
-                else f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            ]
+            + [ratio_of(entry, block[0]), ratio_of(entry, undivided)]
             + [
                 f"{median_of(entry['runs'], key):.0f}"
                 for key in ("step_ms", "compute_ms", "wire_ms", "wait_ms")
             ]
         )
-    header = ["sequences", "links", "wire", "micro-batches", "decode tok/s", "times the first"]
+    header = ["sequences", "links", "wire", "micro-batches", "decode tok/s"]
+    header += ["times the first of the block", "times one micro-batch"]
     return markdown(header + ["step ms", "compute ms", "wire ms", "wait ms"], lines)
 
 
