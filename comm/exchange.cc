@@ -14,6 +14,8 @@ constexpr int64_t kMaxHidden = int64_t{1} << 24;
 constexpr int64_t kMaxRows = int64_t{1} << 24;
 constexpr int kMaxTopK = 255;         // counts are one byte on the wire
 constexpr int kMaxExperts = 1 << 16;  // ids are two
+constexpr int kMaxMicroBatch = UINT16_MAX;
+constexpr uint32_t kMaxLayer = UINT16_MAX;
 
 absl::Status CheckOption(const char* name, int64_t value, int64_t least, int64_t most) {
   if (least <= value && value <= most) return absl::OkStatus();
@@ -55,6 +57,7 @@ absl::Status ValidateExchangeOptions(const ExchangeOptions& options) {
   TERNION_RETURN_IF_ERROR(CheckOption("num_experts", options.num_experts, 1, kMaxExperts));
   TERNION_RETURN_IF_ERROR(
       CheckOption("top_k", options.top_k, 1, std::min(kMaxTopK, options.num_experts)));
+  TERNION_RETURN_IF_ERROR(CheckOption("micro_batch", options.micro_batch, 0, kMaxMicroBatch));
   if (options.act_bits != 8 && options.act_bits != 4) {
     return absl::InvalidArgumentError(
         absl::StrCat("exchange: act_bits is ", options.act_bits, ", must be 8 or 4"));
@@ -113,7 +116,7 @@ bool Exchange::NeedsNormed() const { return IsFloat(options_.dispatch); }
 
 absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const DispatchPlan& plan,
                                     const kernels::QuantizedRows& codes, const float* normed) {
-  TERNION_CHECK(stage_ == Stage::kDispatchSend);
+  TERNION_CHECK(stage_ == Stage::kDispatchSend && layer <= kMaxLayer);
   TERNION_CHECK(plan.rank_begin.size() == peers_.size() + 1);
   TERNION_CHECK(plan.rank_begin.back() == static_cast<int64_t>(plan.rows.size()));
   TERNION_CHECK(codes.num_rows <= options_.max_rows && codes.dim == options_.hidden);
@@ -133,8 +136,8 @@ absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const Dispatc
     dispatch_awaited_.push_back({group_[seat], Phase::kDispatch});
     if (!PlannedRows(seat).empty()) combine_awaited_.push_back({group_[seat], Phase::kCombine});
   }
-  sent_at_ = Clock::now();
   stage_ = Stage::kDispatchRecv;
+  SetUnderWay(!dispatch_awaited_.empty());
   return absl::OkStatus();
 }
 
@@ -190,7 +193,14 @@ absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, E
     return &received_;
   }
   stage_ = Stage::kCombineRecv;
+  SetUnderWay(!combine_awaited_.empty());
   return nullptr;
+}
+
+// For the meter: whether rows of this exchange travel and nothing of it can be worked on.
+void Exchange::SetUnderWay(bool under_way) {
+  if (under_way != under_way_) under_way ? meter().RowsLeave() : meter().RowsArrived();
+  under_way_ = under_way;
 }
 
 // Takes in the next message of this exchange or of the other's combine.
@@ -203,7 +213,7 @@ absl::Status Exchange::Wait(Exchange* other) {
   if (other != nullptr) {
     awaited_.insert(awaited_.end(), other->combine_awaited_.begin(), other->combine_awaited_.end());
   }
-  const Clock::time_point start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<Arrival> arrival = transport_->Receive(awaited_);
   meter().AddWait(SecondsSince(start));
   if (!arrival.ok()) return arrival.status();
@@ -215,7 +225,9 @@ absl::Status Exchange::Take(Arrival arrival) {
   const Phase phase = arrival.what.phase;
   std::vector<Awaited>& awaited = phase == Phase::kDispatch ? dispatch_awaited_ : combine_awaited_;
   std::erase(awaited, arrival.what);
-  if (awaited.empty()) meter().AddWire(phase, SecondsSince(sent_at_));
+  if (awaited.empty() && (phase == Phase::kDispatch || stage_ == Stage::kCombineRecv)) {
+    SetUnderWay(false);
+  }
   const int seat = SeatOf(arrival.what.from);
   return phase == Phase::kDispatch ? TakeDispatch(seat, std::move(arrival.message))
                                    : TakeCombine(seat, std::move(arrival.message));
@@ -344,7 +356,6 @@ absl::Status Exchange::CombineSend(const float* outputs) {
       TERNION_RETURN_IF_ERROR(SendCombineTo(seat, rows));
     }
   }
-  sent_at_ = dispatch_awaited_.empty() ? Clock::now() : sent_at_;
   stage_ = Stage::kDispatchRecv;
   return absl::OkStatus();
 }
@@ -400,7 +411,7 @@ absl::Status Exchange::CombineRecv(float* out) {
 }
 
 absl::Status Exchange::Flush() {
-  const Clock::time_point start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   const absl::Status status = transport_->Flush();
   meter().AddWait(SecondsSince(start));
   return status;
@@ -471,7 +482,8 @@ MessageHeader Exchange::HeaderOf(Phase phase, int64_t rows, int64_t routes,
   header.phase = phase;
   header.format = phase == Phase::kDispatch ? options_.dispatch : options_.combine;
   header.step = step_;
-  header.layer = layer_;
+  header.layer = static_cast<uint16_t>(layer_);
+  header.micro_batch = static_cast<uint16_t>(options_.micro_batch);
   header.hidden = static_cast<uint32_t>(options_.hidden);
   header.rows = static_cast<uint32_t>(rows);
   header.routes = static_cast<uint32_t>(routes);

@@ -79,6 +79,7 @@ struct ExchangeOptions {
   int64_t max_rows = 0;  // own rows of one step, at most
   int top_k = 0;         // routes of one row, at most
   int num_experts = 0;   // ids from the wire must be below
+  int micro_batch = 0;   // of exchanges that are under way at a time, each has its own
 };
 
 struct MessageHeader;  // comm/wire.h
@@ -146,7 +147,6 @@ class Exchange {
     int32_t order = 0;  // seat, or expert id without presum
     kernels::RowTerm row;
   };
-  using Clock = std::chrono::steady_clock;
 
   absl::Status SendDispatchTo(int seat, const float* normed);
   void WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed, uint8_t* out);
@@ -158,6 +158,7 @@ class Exchange {
   void AppendOwnRows();
   int SeatOf(RankId rank) const;
 
+  void SetUnderWay(bool under_way);
   absl::Status Wait(Exchange* other);
   absl::Status Take(Arrival arrival);
   bool IsBack() const { return combine_awaited_.empty(); }
@@ -197,7 +198,7 @@ class Exchange {
   std::vector<Awaited> dispatch_awaited_;  // messages that are still to come
   std::vector<Awaited> combine_awaited_;
   std::vector<Awaited> awaited_;  // what Wait looks for
-  Clock::time_point sent_at_;     // when the phase in progress was sent
+  bool under_way_ = false;        // as the meter knows it
 
   // What CombineRecv adds: onto row i, terms_[term_begin_[i]] .. terms_[term_begin_[i + 1]] - 1.
   std::vector<int32_t> term_begin_;

@@ -23,9 +23,18 @@ TrafficCount TrafficMeter::at(Direction direction, Phase phase, base::RankId pee
   return counts_[index][static_cast<int>(direction)][static_cast<int>(phase)];
 }
 
+void TrafficMeter::RowsLeave(Clock::time_point now) {
+  if (exchanges_under_way_++ == 0) left_at_ = now;
+}
+
+void TrafficMeter::RowsArrived(Clock::time_point now) {
+  if (--exchanges_under_way_ > 0) return;
+  wire_seconds_ += std::chrono::duration<double>(now - left_at_).count();
+}
+
 void TrafficMeter::Reset() {
   counts_.assign(counts_.size(), {});
-  wire_seconds_ = {};
+  wire_seconds_ = 0;
   wait_seconds_ = 0;
 }
 

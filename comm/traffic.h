@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -38,21 +39,26 @@ class TrafficMeter {
   // Of one peer; zeros for a rank that was never counted.
   TrafficCount at(Direction direction, Phase phase, base::RankId peer) const;
 
-  // Seconds that messages of `phase` were under way: from when this rank had sent its own until
-  // the last of the peers' was there.
-  void AddWire(Phase phase, double seconds) { wire_seconds_[static_cast<int>(phase)] += seconds; }
-  double wire_seconds(Phase phase) const { return wire_seconds_[static_cast<int>(phase)]; }
+  // Rows are under way: from when this rank has sent its own until it has taken in the last of the
+  // peers'. Of exchanges that overlap, the time counts once.
+  using Clock = std::chrono::steady_clock;
+  void RowsLeave(Clock::time_point now = Clock::now());
+  void RowsArrived(Clock::time_point now = Clock::now());
+  double wire_seconds() const { return wire_seconds_; }
   // Seconds in which this rank had nothing to do but wait for messages, control among them.
   void AddWait(double seconds) { wait_seconds_ += seconds; }
   double wait_seconds() const { return wait_seconds_; }
 
+  // While nothing is under way.
   void Reset();
 
  private:
   using Counts = std::array<std::array<TrafficCount, kNumPhases>, kNumDirections>;
 
   std::vector<Counts> counts_;  // [peer]
-  std::array<double, kNumPhases> wire_seconds_{};
+  int exchanges_under_way_ = 0;
+  Clock::time_point left_at_;  // when the first of these did
+  double wire_seconds_ = 0;
   double wait_seconds_ = 0;
 };
 

@@ -113,6 +113,8 @@ absl::StatusOr<MessageHeader> CheckHeader(std::span<const uint8_t> message,
                                      static_cast<uint64_t>(expected.format)));
   TERNION_RETURN_IF_ERROR(CheckField(origin, "step", header.step, expected.step));
   TERNION_RETURN_IF_ERROR(CheckField(origin, "layer", header.layer, expected.layer));
+  TERNION_RETURN_IF_ERROR(
+      CheckField(origin, "micro-batch", header.micro_batch, expected.micro_batch));
   TERNION_RETURN_IF_ERROR(CheckField(origin, "hidden", header.hidden, expected.hidden));
   return header;
 }

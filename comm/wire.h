@@ -1,10 +1,13 @@
 // The messages between ranks, byte by byte, and the checks that stand before any use of them.
 //
-//   dispatch  header | float weights[routes] | uint16 ids[routes] | uint8 counts[rows] | 0..3 zero
-//   bytes
-//             | float scales[rows] (int8 and int4 only) | codes[rows][CodeBytes]
-//   combine   header | rows of EncodedRowBytes: one per dispatched row (presum), or one per route
-//   (exact) control   header | any bytes
+// clang-format off
+//   dispatch         header | float weights[routes] | uint16 ids[routes] | uint8 counts[rows]
+//                    | 0 to 3 zero bytes | float scales[rows] (int8 and int4 only)
+//                    | codes[rows][CodeBytes]
+//   combine (presum) header | one row of EncodedRowBytes per dispatched row
+//   combine (exact)  header | one row of EncodedRowBytes per route
+//   control          header | any bytes
+// clang-format on
 //
 // counts[i] is the number of routes of row i; weights and ids are grouped by row, ids ascending.
 // Numbers are little-endian. Every part but the last starts at a multiple of its element size. fp32
@@ -27,7 +30,7 @@
 namespace ternion::comm {
 
 inline constexpr uint32_t kWireMagic = 0x4E524554;  // "TERN"
-inline constexpr uint16_t kWireVersion = 1;
+inline constexpr uint16_t kWireVersion = 2;
 
 // Starts every message.
 struct MessageHeader {
@@ -36,8 +39,9 @@ struct MessageHeader {
   Phase phase{};
   RowFormat format{};  // of codes
   uint32_t step = 0;
-  uint32_t layer = 0;
-  uint32_t hidden = 0;  // elements of a row
+  uint16_t layer = 0;
+  uint16_t micro_batch = 0;  // which of those under way at a time
+  uint32_t hidden = 0;       // elements of a row
   uint32_t rows = 0;
   uint32_t routes = 0;  // dispatch, exact combine: all rows' routes; else 0
   uint32_t crc32c = 0;  // Castagnoli, over the whole message with this field 0
@@ -48,8 +52,8 @@ static_assert(sizeof(MessageHeader) == 40);
 // Writes `header` at the start of `message` and sets its checksum; the rest must be complete.
 void SealMessage(MessageHeader header, std::span<uint8_t> message);
 
-// The header of a message from `from` whose checksum is right, and whose phase, format, step, layer
-// and hidden are those of `expected`. Other fields are not looked at.
+// The header of a message from `from` whose checksum is right, and whose phase, format, step,
+// layer, micro-batch and hidden are those of `expected`. Other fields are not looked at.
 absl::StatusOr<MessageHeader> CheckHeader(std::span<const uint8_t> message,
                                           const MessageHeader& expected, RankId from);
 

@@ -14,6 +14,11 @@ constexpr int64_t kMaxChunkRoutes = 4096;
 // here may start before the others are: reading the weights twice costs nothing.
 constexpr int64_t kComputeBoundRows = 32;
 
+comm::ExchangeOptions WithMicroBatch(comm::ExchangeOptions options, int micro_batch) {
+  options.micro_batch = micro_batch;
+  return options;
+}
+
 int64_t MaxRoutes(const comm::ExchangeOptions& options, int num_ranks) {
   return std::min(options.max_rows * num_ranks * options.top_k, kMaxChunkRoutes);
 }
@@ -85,8 +90,9 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       transport(transport),
       kernels(kernels),
       executor(executor),
-      micro_batches{{{.exchange = comm::Exchange(options, transport, kernels, executor)},
-                     {.exchange = comm::Exchange(options, transport, kernels, executor)}}},
+      micro_batches{
+          {{.exchange = comm::Exchange(WithMicroBatch(options, 0), transport, kernels, executor)},
+           {.exchange = comm::Exchange(WithMicroBatch(options, 1), transport, kernels, executor)}}},
       shard(MaxRoutes(options, transport->size()), options.hidden, intermediate),
       logits(options.max_rows * gate.num_experts),
       experts(options.max_rows * gate.top_k),
@@ -94,9 +100,9 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
 
 void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
                               const Placement& placement) {
-  for (MicroBatch& batch : micro_batches) {
-    batch.hierarchical = std::make_unique<HierarchicalExchange>(options, layout, placement,
-                                                                transport, kernels, executor);
+  for (int i = 0; i < 2; ++i) {
+    micro_batches[i].hierarchical = std::make_unique<HierarchicalExchange>(
+        WithMicroBatch(options, i), layout, placement, transport, kernels, executor);
   }
 }
 

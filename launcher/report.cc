@@ -47,13 +47,13 @@ void AddNumbers(const Json& from, Json& to) {
   }
 }
 
+}  // namespace
+
 std::string HostName() {
   char name[256] = "";
   gethostname(name, sizeof(name) - 1);
   return name;
 }
-
-}  // namespace
 
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world) {
   comm::Transport& transport = world.transport();
@@ -67,9 +67,7 @@ absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& wor
                     {"kv_tokens", loaded.engine->kv_tokens()},
                     {"load_seconds", loaded.load_seconds},
                     {"wait_seconds", transport.traffic().wait_seconds()},
-                    {"wire_seconds",
-                     {{"dispatch", transport.traffic().wire_seconds(Phase::kDispatch)},
-                      {"combine", transport.traffic().wire_seconds(Phase::kCombine)}}},
+                    {"wire_seconds", transport.traffic().wire_seconds()},
                     {"traffic",
                      {{"dispatch", PhaseJson(transport, Phase::kDispatch)},
                       {"combine", PhaseJson(transport, Phase::kCombine)}}}};

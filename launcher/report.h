@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -31,6 +32,8 @@ PhaseBytes PhaseBytesOf(const WorldReport& report, const char* phase, int64_t hi
 
 // Collective; the report is filled on rank 0.
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);
+
+std::string HostName();
 
 // The commit that this program was built from, "-dirty" when files had changed; or "unknown".
 const char* BuildCommit();

@@ -50,12 +50,14 @@ struct StepTimes {
 
 // Tokens and the time they took, for prefill and for decode.
 struct Throughput {
+  int64_t tokens = 0;  // of prompts and generated ones
   int64_t prompt_tokens = 0;
   int64_t generated_tokens = 0;  // in steps without prompt tokens
   StepTimes prefill;             // steps with prompt tokens
   StepTimes decode;
 
   void Add(const StepReport& step, const StepTimes& times) {
+    tokens += step.prompt_tokens + step.generated_tokens;
     prompt_tokens += step.prompt_tokens;
     if (step.prompt_tokens > 0) {
       prefill += times;
@@ -77,10 +79,6 @@ struct Generation {
   uint64_t logits_hash = 0;
   runtime::Utf8Stream utf8;
 };
-
-double WireSeconds(const comm::TrafficMeter& meter) {
-  return meter.wire_seconds(comm::Phase::kDispatch) + meter.wire_seconds(comm::Phase::kCombine);
-}
 
 // Rank 0's side of `run`: feeds the engine and prints.
 class Session {
@@ -166,12 +164,12 @@ absl::Status Session::RunToEnd() {
   }
   while (!loaded_.engine->idle()) {
     const comm::TrafficMeter& meter = loaded_.engine->traffic();
-    const double wait_before = meter.wait_seconds(), wire_before = WireSeconds(meter);
+    const double wait_before = meter.wait_seconds(), wire_before = meter.wire_seconds();
     const Clock::time_point start = Clock::now();
     TERNION_ASSIGN_OR_RETURN(const StepReport step, loaded_.engine->Step());
     throughput_.Add(step, {.total = std::chrono::duration<double>(Clock::now() - start).count(),
                            .wait = meter.wait_seconds() - wait_before,
-                           .wire = WireSeconds(meter) - wire_before,
+                           .wire = meter.wire_seconds() - wire_before,
                            .steps = 1,
                            .steps_in_two = step.micro_batches == 2});
     for (const SequenceEvent& event : step.events) Take(event);
@@ -232,12 +230,10 @@ Json Session::ToJson(const WorldReport& report, int ranks) const {
           {"per_rank", report.per_rank}};
 }
 
-// Message bytes that went over the wire for each token that was run, all ranks together.
+// Message bytes that went over the wire for each token of the prompts and of what was generated,
+// all ranks together.
 Json Session::BytesPerToken(const WorldReport& report) const {
-  double tokens = static_cast<double>(throughput_.prompt_tokens);
-  for (const Generation& generation : generations_) {
-    tokens += static_cast<double>(generation.token_ids.size());
-  }
+  const double tokens = static_cast<double>(throughput_.tokens);
   Json json = Json::object();
   PhaseBytes sum;
   double received = 0;
@@ -258,7 +254,8 @@ Json Session::BytesPerToken(const WorldReport& report) const {
   return json;
 }
 
-// "dispatch int8 1.5 kB + combine bf16 4.4 kB per token (bf16 both ways: 8.9 kB, 1.5x as much)"
+// "dispatch int8 1.5 kB + combine bf16 4.4 kB sent and received per token (bf16 both ways: 8.9 kB,
+// 1.51x)": what all ranks sent is what all ranks received.
 std::string Session::WireLine(const WorldReport& report) const {
   const runtime::WireOptions& wire = loaded_.engine->wire();
   const std::string combine = wire.exact ? "exact" : std::string(comm::RowFormatName(wire.combine));

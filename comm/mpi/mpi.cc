@@ -121,6 +121,12 @@ class MpiTransport : public Transport {
   std::vector<int> done_;              // what Progress found
   std::vector<MPI_Status> statuses_;
   Backoff backoff_;  // of the wait in progress
+  // Of AllToAllV. Where that fails, MPI may go on using them until the transport is no more.
+  struct Collective {
+    std::vector<int> out, in, out_begin, in_begin;  // bytes by rank, and where they lie
+    Message sent, received;
+  };
+  Collective collective_;
   Lifelines lifelines_;
 };
 
@@ -316,23 +322,32 @@ std::vector<Transfer>::iterator MpiTransport::FindIncoming(const Awaited& what) 
   });
 }
 
-// MPI_Alltoall of the sizes and MPI_Alltoallv of the bytes, which it wants in one buffer each.
+// MPI_Ialltoall of the sizes and MPI_Ialltoallv of the bytes, which it wants in one buffer each.
 absl::StatusOr<std::vector<Message>> MpiTransport::AllToAllV(std::vector<Message> to_ranks) {
-  std::vector<int> out(size()), in(size()), out_begin(size() + 1), in_begin(size() + 1);
+  auto& [out, in, out_begin, in_begin, sent, received] = collective_;
+  for (std::vector<int>* counts : {&out, &in, &out_begin, &in_begin}) counts->assign(size() + 1, 0);
   for (int rank = 0; rank < size(); ++rank) {
-    out[rank] = static_cast<int>(to_ranks[rank].size_bytes);
-    if (int64_t{out_begin[rank]} + out[rank] > INT_MAX) {
-      return absl::InvalidArgumentError("MPI_Alltoallv carries at most 2 GiB from a rank");
+    const size_t end = out_begin[rank] + to_ranks[rank].size_bytes;
+    if (end > INT_MAX) {
+      return absl::InvalidArgumentError("MPI_Ialltoallv carries at most 2 GiB from a rank");
     }
-    out_begin[rank + 1] = out_begin[rank] + out[rank];
+    out[rank] = static_cast<int>(to_ranks[rank].size_bytes);
+    out_begin[rank + 1] = static_cast<int>(end);
   }
   MPI_Request request = MPI_REQUEST_NULL;
   TERNION_RETURN_IF_ERROR(
       FromMpi(MPI_Ialltoall(out.data(), 1, MPI_INT, in.data(), 1, MPI_INT, comm_, &request),
               "MPI_Ialltoall"));
   TERNION_RETURN_IF_ERROR(WaitFor(&request));
-  for (int rank = 0; rank < size(); ++rank) in_begin[rank + 1] = in_begin[rank] + in[rank];
-  Message sent = Acquire(out_begin[size()]), received = Acquire(in_begin[size()]);
+  for (int rank = 0; rank < size(); ++rank) {
+    const int64_t end = int64_t{in_begin[rank]} + in[rank];
+    if (end > INT_MAX) {
+      return absl::InvalidArgumentError("MPI_Ialltoallv carries at most 2 GiB to a rank");
+    }
+    in_begin[rank + 1] = static_cast<int>(end);
+  }
+  sent = Acquire(out_begin[size()]);
+  received = Acquire(in_begin[size()]);
   for (int rank = 0; rank < size(); ++rank) {
     const std::span<const uint8_t> bytes = to_ranks[rank].bytes();
     std::copy(bytes.begin(), bytes.end(), sent.bytes().begin() + out_begin[rank]);

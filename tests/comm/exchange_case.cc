@@ -151,6 +151,12 @@ std::vector<float> ReferenceOut(const ExchangeCase& c, int layer, int rank) {
   return out;
 }
 
+ExchangeOptions OptionsOf(const ExchangeCase& c, int micro_batch) {
+  ExchangeOptions options = c.options;
+  options.micro_batch = micro_batch;
+  return options;
+}
+
 // One micro-batch of a rank on its way through the layers.
 class Half {
  public:
@@ -159,7 +165,7 @@ class Half {
       : case_(c),
         index_(index),
         rank_(base::Index(transport->rank())),
-        exchange_(c.options, transport, kernels::SelectCpuKernels(""), executor),
+        exchange_(OptionsOf(c, index), transport, kernels::SelectCpuKernels(""), executor),
         outs_(*outs) {}
 
   Exchange& exchange() { return exchange_; }

@@ -38,17 +38,35 @@ TEST(TrafficTest, CountsByDirectionPhaseAndPeerAndSumsByScope) {
   EXPECT_EQ(wire.rows, 10);
 }
 
+TEST(TrafficTest, TimeOfExchangesThatOverlapCountsOnce) {
+  using std::chrono::seconds;
+  TrafficMeter meter;
+  const TrafficMeter::Clock::time_point start;
+  meter.RowsLeave(start);
+  meter.RowsLeave(start + seconds(1));
+  meter.RowsArrived(start + seconds(3));
+  meter.RowsLeave(start + seconds(4));
+  meter.RowsArrived(start + seconds(5));
+  meter.RowsArrived(start + seconds(6));
+  EXPECT_EQ(meter.wire_seconds(), 6);
+  meter.RowsLeave(start + seconds(10));
+  meter.RowsArrived(start + seconds(12));
+  EXPECT_EQ(meter.wire_seconds(), 8);
+}
+
 TEST(TrafficTest, ResetForgetsAll) {
   TrafficMeter meter;
   meter.Add(Direction::kSent, Phase::kCombine, kRank1, {1, 2, 3, 4});
   meter.AddWait(0.5);
-  meter.AddWire(Phase::kCombine, 0.25);
+  const TrafficMeter::Clock::time_point start;
+  meter.RowsLeave(start);
+  meter.RowsArrived(start + std::chrono::milliseconds(250));
   EXPECT_EQ(meter.wait_seconds(), 0.5);
-  EXPECT_EQ(meter.wire_seconds(Phase::kCombine), 0.25);
+  EXPECT_EQ(meter.wire_seconds(), 0.25);
   meter.Reset();
   EXPECT_EQ(meter.at(Direction::kSent, Phase::kCombine, kRank1).messages, 0);
   EXPECT_EQ(meter.wait_seconds(), 0);
-  EXPECT_EQ(meter.wire_seconds(Phase::kCombine), 0);
+  EXPECT_EQ(meter.wire_seconds(), 0);
 }
 
 }  // namespace

@@ -44,6 +44,7 @@ Sample MakeDispatch(RowFormat format) {
   s.header.format = format;
   s.header.step = 70;
   s.header.layer = 5;
+  s.header.micro_batch = 1;
   s.header.hidden = 11;
   s.header.rows = 3;
   s.header.routes = 6;
@@ -137,6 +138,7 @@ TEST_P(WireTest, HostileHeadersWithARightChecksumAreErrors) {
       {"row format", [](auto& h) { h.format = static_cast<RowFormat>(77); }},
       {"step", [](auto& h) { ++h.step; }},
       {"layer", [](auto& h) { --h.layer; }},
+      {"micro-batch", [](auto& h) { ++h.micro_batch; }},
       {"hidden", [](auto& h) { h.hidden = 12; }},
       {"hidden", [](auto& h) { h.hidden = UINT32_MAX; }},
       {"rows", [](auto& h) { h.rows = 5; }},
@@ -217,7 +219,7 @@ TEST(WireHeaderTest, ChecksumIsCrc32cOfTheWholeMessage) {
 TEST(WireHeaderTest, BytesOnTheWireStayAsTheyAre) {
   const Sample s = MakeDispatch(RowFormat::kInt8);
   EXPECT_EQ(std::string(s.bytes.begin(), s.bytes.begin() + 4), "TERN");
-  const uint8_t fields[] = {1,  0, 1, 2, 70, 0, 0, 0, 5, 0, 0, 0,
+  const uint8_t fields[] = {2,  0, 1, 2, 70, 0, 0, 0, 5, 0, 1, 0,
                             11, 0, 0, 0, 3,  0, 0, 0, 6, 0, 0, 0};
   EXPECT_EQ(std::memcmp(s.bytes.data() + 4, fields, sizeof(fields)), 0);
   EXPECT_EQ(s.layout.ids, 40 + 6 * 4);

@@ -102,6 +102,44 @@ TEST_F(Command, TextStreamsAndEndsWithOneSummaryLine) {
   EXPECT_EQ(LinesThatStartWith(last_.err, "2 ranks: prefill ").size(), 1u) << last_.err;
 }
 
+TEST_F(Command, LiveFiguresAddUp) {
+  for (const char* micro_batches : {"1", "2"}) {
+    const Json report = Report(3, {"run", "--prompt", "The ship was", "--max-tokens", "9",
+                                   "--micro-batches", micro_batches});
+    const Json& bytes = report["bytes_per_token"];
+    double sum = 0;
+    for (const char* phase : {"dispatch", "combine"}) {
+      const Json& traffic = report["traffic"][phase];
+      const double sent = bytes[phase]["sent"];
+      EXPECT_EQ(bytes[phase]["received"], bytes[phase]["sent"]);
+      EXPECT_LE(sent, bytes[phase]["at_bf16"].get<double>());
+      // "The ship was" is 4 tokens, with the one that starts a text.
+      EXPECT_NEAR(sent * (4 + 9), traffic["message_bytes"].get<double>(), 1e-6);
+      sum += sent;
+    }
+    EXPECT_NEAR(bytes["sent"].get<double>(), sum, 1e-9);
+    EXPECT_NEAR(bytes["times_fewer_than_bf16"].get<double>(), bytes["at_bf16"].get<double>() / sum,
+                1e-9);
+    const Json& time = report["decode_time"];
+    EXPECT_EQ(time["steps"], 8);
+    const double step = time["step_ms"], wait = time["wait_ms"], wire = time["wire_ms"];
+    EXPECT_NEAR(time["compute_ms"].get<double>() + wait, step, 1e-9);
+    EXPECT_GT(wire, 0);
+    EXPECT_LE(wire, step);
+  }
+}
+
+TEST_F(Command, LiveFiguresCountEveryPromptOfADialogue) {
+  const std::string json = directory_.path("dialogue.json");
+  const CommandResult result = RunTernion(
+      2, {"run", "--model", model_, "--interactive", "--max-tokens", "9", "--json", json},
+      {.input = "The ship was\nThe ship was\n"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const Json report = Json::parse(ReadText(json));
+  EXPECT_NEAR(report["bytes_per_token"]["dispatch"]["sent"].get<double>() * 2 * (4 + 9),
+              report["traffic"]["dispatch"]["message_bytes"].get<double>(), 1e-6);
+}
+
 TEST_F(Command, OneRankSendsNothing) {
   const Json report = Report(1, {"run", "--prompt", "The ship was", "--max-tokens", "4"});
   EXPECT_EQ(report["traffic"]["dispatch"]["message_bytes"], 0);
