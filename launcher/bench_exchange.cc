@@ -1,6 +1,7 @@
 #include "launcher/bench_exchange.h"
 
 #include <algorithm>
+#include <fstream>
 #include <map>
 #include <optional>
 
@@ -72,21 +73,33 @@ experts::RoutingTrace Part(const experts::RoutingTrace& trace, int num_layers, i
   return part;
 }
 
+// The running kernel's name, which ranks of one machine share whatever their hosts are called.
+std::string MachineName() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string name;
+  file >> name;
+  return name;
+}
+
 class Report {
  public:
   Report(const BenchExchangeOptions& options, World& world) : options_(options), world_(world) {}
 
-  // Before anything is timed.
+  // Collective, as is Run. Before anything is timed.
   absl::Status Prepare();
   absl::Status Run();
 
  private:
+  absl::Status CheckOptions();
+  absl::Status GatherHosts();
+  absl::Status CheckMemory() const;
+  absl::Status CheckSameTrace();
   void FindNodes();
   absl::Status ReadLadders();
   absl::Status ResolveShape();
   absl::Status ResolveTrace();
-  absl::Status CheckMemory() const;
   absl::Status MakePlacements();
+  absl::Status RunCases(std::vector<CaseResult>& results);
   absl::StatusOr<CaseResult> RunCase(const WireCase& wire, int64_t tokens);
 
   void PrintHeader() const;
@@ -94,7 +107,7 @@ class Report {
   void PrintCase(const CaseResult& result) const;
   void PrintSizes(const CaseResult& of) const;
   void PrintFactors(const std::vector<CaseResult>& results) const;
-  Json ToJson(const std::vector<CaseResult>& results) const;
+  Json ToJson(const std::vector<CaseResult>& results, const absl::Status& status) const;
   absl::Status WriteMatrix(const std::vector<CaseResult>& results) const;
   bool several_nodes() const { return num_nodes_ > 1; }
   // Several nodes, of several ranks each, equally many.
@@ -105,11 +118,13 @@ class Report {
   const BenchExchangeOptions& options_;
   World& world_;
   Shape shape_;
-  experts::RoutingTrace trace_;
+  experts::RoutingTrace trace_;  // of the whole, the part that is exchanged
+  uint64_t trace_hash_ = 0;      // of the whole
   std::string routing_;
   int num_nodes_ = 1;
   absl::StatusOr<experts::NodeLayout> layout_;
   std::vector<std::string> interfaces_;
+  std::vector<Json> hosts_;  // rank 0: by rank, what GatherHosts says
   std::map<std::string, experts::Placement> placements_;
   std::map<std::string, experts::PlacementStatistics> statistics_;
   std::vector<Json> ladders_;
@@ -151,10 +166,12 @@ absl::Status Report::ResolveTrace() {
              : experts::UniformTrace(options_.seed, shape);
     if (!trace.ok()) return trace.status();
     trace_ = *std::move(trace);
+    trace_hash_ = trace_.Hash();
     return absl::OkStatus();
   }
   routing_ = options_.trace;
   TERNION_ASSIGN_OR_RETURN(trace_, experts::LoadTrace(options_.trace));
+  trace_hash_ = trace_.Hash();
   const auto check = [&](const char* name, int of_trace, int asked) {
     if (asked == 0 || asked == of_trace) return absl::OkStatus();
     return absl::InvalidArgumentError(
@@ -164,36 +181,77 @@ absl::Status Report::ResolveTrace() {
   return check("experts per token", trace_.shape.top_k, wanted.top_k);
 }
 
-// What a case holds at most on a rank, for one that may be sent every row of the others.
+absl::Status Report::CheckSameTrace() {
+  comm::Transport& transport = world_.transport();
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> hashes,
+                           comm::Gather(transport, absl::StrCat(trace_hash_)));
+  for (size_t rank = 1; rank < hashes.size(); ++rank) {
+    if (hashes[rank] == hashes[0]) continue;
+    return comm::BroadcastStatus(
+        transport, absl::InvalidArgumentError(absl::StrCat("rank ", rank, " (host ",
+                                                           hosts_[rank]["host"].get<std::string>(),
+                                                           ") has another trace than rank 0")));
+  }
+  return comm::BroadcastStatus(transport, absl::OkStatus());
+}
+
+absl::Status Report::GatherHosts() {
+  const Json own = {{"host", HostName()},
+                    {"machine", MachineName()},
+                    {"memory", base::MemoryBytes()},
+                    {"interfaces", interfaces_}};
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
+                           comm::Gather(world_.transport(), own.dump()));
+  for (const std::string& text : texts) hosts_.push_back(Json::parse(text));
+  return absl::OkStatus();
+}
+
+// Rank 0: what the ranks of a machine hold at most, where every row goes to all ranks: own rows,
+// their codes, sums and the sums that are expected; of each row from elsewhere its message, codes,
+// outputs and returning message, with the room that buffers grow ahead. Measured, a rank holds
+// about as much.
 absl::Status Report::CheckMemory() const {
   const double ranks = world_.transport().size();
   const double most =
       static_cast<double>(*std::max_element(options_.tokens.begin(), options_.tokens.end()));
-  const double row = static_cast<double>(shape_.hidden) * sizeof(float);
-  const double copies =
-      trace_.shape.top_k > 0 ? std::min<double>(trace_.shape.top_k, ranks) : ranks;
-  const double received = most * copies;
-  // Own rows with their sums and codes, received rows with their outputs, messages both ways.
-  const double bytes = ranks * row * (most * 4 + received * 4);
-  const double memory = static_cast<double>(base::MemoryBytes());
-  if (several_nodes() || bytes < memory) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--tokens ", most, " needs some ",
-                                                 HumanBytes(bytes), " for ", ranks,
-                                                 " ranks; this machine has ", HumanBytes(memory)));
+  const double each = most * static_cast<double>(shape_.hidden) * (16 + 32 * (ranks - 1));
+  std::map<std::string, int> ranks_of;
+  for (const Json& host : hosts_) ++ranks_of[host["machine"].get<std::string>()];
+  for (const Json& host : hosts_) {
+    const double bytes = each * ranks_of[host["machine"].get<std::string>()];
+    const double memory = host["memory"];
+    if (bytes < memory) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tokens ", most, " needs some ", HumanBytes(bytes), " for the ranks of ",
+                     host["host"].get<std::string>(), "; this machine has ", HumanBytes(memory)));
+  }
+  return absl::OkStatus();
 }
 
-absl::Status Report::Prepare() {
+absl::Status Report::CheckOptions() {
   if (options_.tokens.empty()) return absl::InvalidArgumentError("--tokens is empty");
   FindNodes();
   TERNION_RETURN_IF_ERROR(ResolveShape());
-  TERNION_RETURN_IF_ERROR(CheckMemory());
-  if (world_.is_root()) {
-    TERNION_RETURN_IF_ERROR(CheckWritable(options_.json));
-    TERNION_RETURN_IF_ERROR(CheckWritable(options_.matrix));
-    TERNION_RETURN_IF_ERROR(ReadLadders());
+  if (!world_.is_root()) return absl::OkStatus();
+  for (const std::string& path : {options_.json, options_.matrix, options_.save_trace}) {
+    TERNION_RETURN_IF_ERROR(CheckWritable(path));
   }
-  TERNION_RETURN_IF_ERROR(ResolveTrace());
-  return MakePlacements();
+  return ReadLadders();
+}
+
+absl::Status Report::Prepare() {
+  comm::Transport& transport = world_.transport();
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, CheckOptions()));
+  TERNION_RETURN_IF_ERROR(GatherHosts());
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(transport, CheckMemory()));
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, ResolveTrace()));
+  TERNION_RETURN_IF_ERROR(CheckSameTrace());
+  absl::Status status;
+  if (world_.is_root() && !options_.save_trace.empty()) {
+    status = experts::SaveTrace(trace_, options_.save_trace);
+  }
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(transport, status));
+  return comm::AgreeOnStatus(transport, MakePlacements());
 }
 
 void Report::FindNodes() {
@@ -258,9 +316,7 @@ absl::StatusOr<CaseResult> Report::RunCase(const WireCase& wire, int64_t tokens)
   return CombineRuns(texts, wire, tokens, trace_.shape.num_layers);
 }
 
-absl::Status Report::Run() {
-  std::vector<CaseResult> results;
-  if (world_.is_root()) PrintHeader();
+absl::Status Report::RunCases(std::vector<CaseResult>& results) {
   for (int64_t tokens : options_.tokens) {
     if (world_.is_root()) PrintLadderHeader(tokens);
     for (const WireCase& wire : Cases(world_.transport().size() > 1, has_hierarchy())) {
@@ -271,11 +327,26 @@ absl::Status Report::Run() {
     }
     if (world_.is_root()) PrintSizes(*Find(results, kNarrowest, tokens));
   }
-  if (!world_.is_root()) return absl::OkStatus();
+  return absl::OkStatus();
+}
+
+absl::Status Report::Run() {
+  std::vector<CaseResult> results;
+  if (world_.is_root()) PrintHeader();
+  const absl::Status status = RunCases(results);
+  if (!world_.is_root()) return status;
+  if (!options_.json.empty()) {
+    TERNION_RETURN_IF_ERROR(WriteJson(options_.json, ToJson(results, status)));
+  }
+  TERNION_RETURN_IF_ERROR(status);
   PrintFactors(results);
   TERNION_RETURN_IF_ERROR(WriteMatrix(results));
-  if (options_.json.empty()) return absl::OkStatus();
-  return WriteJson(options_.json, ToJson(results));
+  for (const CaseResult& result : results) {
+    if (result.verified) continue;
+    return absl::DataLossError(absl::StrCat("sums of ", result.wire.Name(), " are wrong at ",
+                                            result.tokens_per_rank, " tokens per rank"));
+  }
+  return absl::OkStatus();
 }
 
 // ---- Telling
@@ -288,7 +359,7 @@ void Report::PrintHeader() const {
       shape_.name, shape_.hidden, trace_.shape.num_experts, trace_.shape.top_k, ranks,
       ranks == 1 ? "" : "s", num_nodes_, num_nodes_ == 1 ? "" : "s");
   absl::PrintF("# routing %s (%d layers, trace %016x)\n", routing_, trace_.shape.num_layers,
-               trace_.Hash());
+               trace_hash_);
   absl::PrintF(
       "# a token's experts are on %.2f other ranks (uniform routing: %.2f); load max/mean %.2f\n",
       statistics.remote_ranks, statistics.uniform_remote_ranks, statistics.max_over_mean_load);
@@ -308,11 +379,14 @@ void Report::PrintCase(const CaseResult& result) const {
   const double message = result.MessageBytes();
   const double floor = FloorBytes(result, shape_.hidden);
   const std::optional<double> quality = QualityChange(ladders_, result.wire);
-  absl::PrintF("%-38s %8.2f %8.2f %8.2f %8s %6.1f%% %9.0f %9.0f %9.0f %8s%s\n", result.wire.Name(),
+  absl::PrintF("%-38s %8.2f %8.2f %8.2f %8s %6.1f%% %9.0f %9.0f %9s %8s%s\n", result.wire.Name(),
                result.PayloadBytes() * 1e-3, message * 1e-3, result.InterNodeBytes() * 1e-3,
                several_nodes() ? absl::StrFormat("%.2f", result.NicBytes() * 1e-3) : "-",
                message > 0 ? 100 * floor / message : 100, Percentile(result.total_us, 0.5),
-               Percentile(result.total_us, 0.9), Percentile(result.total_us, 0.99),
+               Percentile(result.total_us, 0.9),
+               result.iterations < kSamplesOfP99
+                   ? "-"
+                   : absl::StrFormat("%.0f", Percentile(result.total_us, 0.99)),
                quality ? absl::StrFormat("%+.3f%%", *quality) : "-",
                result.verified ? "" : "  WRONG SUMS");
   std::fflush(stdout);
@@ -342,12 +416,16 @@ void Report::PrintFactors(const std::vector<CaseResult>& results) const {
                  statistics.remote_ranks, statistics.max_over_mean_load);
   }
   int64_t memory = 0;
-  for (const CaseResult& result : results) memory = std::max(memory, result.peak_memory_bytes);
+  for (int64_t of_rank : results.back().peak_memory_bytes) memory = std::max(memory, of_rank);
   absl::PrintF("# memory of the largest rank: %s\n", HumanBytes(static_cast<double>(memory)));
 }
 
-Json Report::ToJson(const std::vector<CaseResult>& results) const {
+Json Report::ToJson(const std::vector<CaseResult>& results, const absl::Status& status) const {
   Json cases = Json::array(), factors = Json::object(), placements = Json::object();
+  Json hosts = Json::array();
+  for (const Json& host : hosts_) {
+    hosts.push_back({{"host", host["host"]}, {"interfaces", host["interfaces"]}});
+  }
   for (const CaseResult& result : results)
     cases.push_back(CaseToJson(result, shape_.hidden, ladders_));
   for (int64_t tokens : options_.tokens) {
@@ -360,8 +438,10 @@ Json Report::ToJson(const std::vector<CaseResult>& results) const {
   }
   Json sizes = Json::array();
   for (int64_t tokens : options_.tokens) {
+    const CaseResult* const of = Find(results, kNarrowest, tokens);
+    if (of == nullptr) continue;  // an error came before
     for (const SizedWire& wire : SizedWires()) {
-      const double bytes = PayloadBytesOf(wire, *Find(results, kNarrowest, tokens), shape_.hidden);
+      const double bytes = PayloadBytesOf(wire, *of, shape_.hidden);
       sizes.push_back({{"wire", wire.name}, {"tokens_per_rank", tokens}, {"payload_bytes", bytes}});
     }
   }
@@ -377,25 +457,34 @@ Json Report::ToJson(const std::vector<CaseResult>& results) const {
           {"threads", world_.num_threads()},
           {"routing", routing_},
           {"seed", options_.seed},
-          {"trace_hash", absl::StrFormat("%016x", trace_.Hash())},
-          {"interfaces", interfaces_},
+          {"trace_hash", absl::StrFormat("%016x", trace_hash_)},
+          {"seconds", options_.seconds},
+          {"hosts", hosts},
           {"commit", BuildCommit()},
           {"placements", placements},
           {"cases", cases},
           {"sizes_only", sizes},
-          {"factors", factors}};
+          {"factors", factors},
+          {"error", status.ok() ? Json() : Json(std::string(status.message()))}};
 }
 
-// Lines are senders and columns receivers, in bytes of one exchange of the last case of int4/int4.
+// Lines are senders and columns receivers: the bytes of int4/int4 over the largest entry, as
+// nccl-tests' alltoallv_perf reads them.
 absl::Status Report::WriteMatrix(const std::vector<CaseResult>& results) const {
   if (options_.matrix.empty()) return absl::OkStatus();
   const CaseResult* const result = Find(results, kNarrowest, options_.tokens.back());
+  int64_t most = 1;
+  for (const std::vector<int64_t>& line : result->sent_bytes) {
+    most = std::max(most, *std::max_element(line.begin(), line.end()));
+  }
   std::string text;
   for (const std::vector<int64_t>& line : result->sent_bytes) {
-    std::vector<int64_t> each;
-    for (int64_t bytes : line) each.push_back(bytes / result->iterations);
-    absl::StrAppend(&text, absl::StrJoin(each, ","), "\n");
+    const auto append = [&](std::string* out, int64_t bytes) {
+      absl::StrAppend(out, absl::StrFormat("%.6f", static_cast<double>(bytes) / most));
+    };
+    absl::StrAppend(&text, absl::StrJoin(line, ",", append), "\n");
   }
+  absl::PrintF("# %s: fractions of %d bytes\n", options_.matrix, most / result->iterations);
   return base::WriteFileAtomically(options_.matrix, text);
 }
 
@@ -403,7 +492,7 @@ absl::Status Report::WriteMatrix(const std::vector<CaseResult>& results) const {
 
 absl::Status BenchExchange(const BenchExchangeOptions& options, World& world) {
   Report report(options, world);
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), report.Prepare()));
+  TERNION_RETURN_IF_ERROR(report.Prepare());
   return report.Run();
 }
 

@@ -332,11 +332,13 @@ absl::StatusOr<int> ExchangeCase::ChooseIterations(double seconds) {
 }
 
 absl::Status ExchangeCase::Time(int iterations, CaseRun* run) {
-  TERNION_RETURN_IF_ERROR(
-      comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));  // start together
+  // Nothing of before is under way.
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));
   transport_.traffic().Reset();
   const NicCount before = CountNic(setup_.interfaces);
   for (int i = 0; i < iterations; ++i) {
+    // Together again: one rank's delay is not another's wait in the next exchange.
+    TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));
     TERNION_RETURN_IF_ERROR(Exchange(i % setup_.num_layers, /*fresh_outputs=*/false, run));
   }
   if (!wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());

@@ -44,8 +44,8 @@ struct ExchangeSetup {
   const experts::RoutingTrace* trace = nullptr;
   const experts::NodeLayout* layout = nullptr;  // for hierarchical wires
   int num_layers = 0;                           // of the trace, used in turn
-  std::vector<std::string>
-      interfaces;  // whose bytes this rank counts: its node's, on one rank each
+  // Whose bytes this rank counts: its node's, on one rank each.
+  std::vector<std::string> interfaces;
 };
 
 // What one rank saw of a case. Times by iteration, in microseconds; bytes over all iterations.
@@ -70,7 +70,7 @@ class ExchangeCase {
   // Collective. Exchanges every layer and compares all sums with those of a serial computation,
   // times exchanges, one layer each, for about `seconds` (at least kMinIterations, at most
   // kMaxIterations of them), and compares once more. Errors of the exchange.
-  static constexpr int kMinIterations = 8;
+  static constexpr int kMinIterations = 20;
   static constexpr int kMaxIterations = 1000;
   absl::StatusOr<CaseRun> Run(double seconds);
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "comm/codec.h"
 #include "launcher/statistics.h"
+#include "xxhash.h"
 
 namespace ternion::launcher {
 namespace {
@@ -15,12 +16,16 @@ namespace {
 using comm::Phase;
 using comm::RowFormat;
 
-Json CountsJson(const CaseRun& run, const comm::Transport& transport, comm::Direction direction,
-                Phase phase) {
+// By peer: what was sent, and the message bytes that were received.
+Json CountsJson(const CaseRun& run, const comm::Transport& transport, Phase phase) {
   Json peers = Json::array();
   for (int rank = 0; rank < transport.size(); ++rank) {
-    const comm::TrafficCount count = run.traffic.at(direction, phase, base::RankId{rank});
-    peers.push_back({count.payload_bytes, count.message_bytes, count.messages, count.rows});
+    const auto count = [&](comm::Direction direction) {
+      return run.traffic.at(direction, phase, base::RankId{rank});
+    };
+    const comm::TrafficCount sent = count(comm::Direction::kSent);
+    peers.push_back({sent.payload_bytes, sent.message_bytes, sent.messages, sent.rows,
+                     count(comm::Direction::kReceived).message_bytes});
   }
   return peers;
 }
@@ -58,6 +63,7 @@ void AddTraffic(const Json& told, size_t rank, const std::vector<int>& nodes, Ca
         sums[scope][levels[level]] = sums[scope][levels[level]].get<int64_t>() + value;
       }
       result.sent_bytes[rank][to] += told[phase][to][1].get<int64_t>();
+      result.received_bytes[rank][to] += told[phase][to][4].get<int64_t>();
     }
   }
 }
@@ -124,11 +130,19 @@ std::vector<Factor> Factors() {
   };
 }
 
+const char* RowSetName(RowSet rows) {
+  if (rows == RowSet::kOncePerExpert) return "once per expert";
+  return rows == RowSet::kToAllRanks ? "to all ranks" : "once per rank";
+}
+
 Json Ratio(double a, double b) { return b > 0 ? Json(a / b) : Json(); }
 
 Json TimesJson(const std::vector<double>& us) {
-  return {
-      {"p50", Percentile(us, 0.5)}, {"p90", Percentile(us, 0.9)}, {"p99", Percentile(us, 0.99)}};
+  const bool many = us.size() >= kSamplesOfP99;
+  return {{"p50", Percentile(us, 0.5)},
+          {"p90", Percentile(us, 0.9)},
+          {"p99", many ? Json(Percentile(us, 0.99)) : Json()},
+          {"max", Percentile(us, 1)}};
 }
 
 }  // namespace
@@ -136,19 +150,18 @@ Json TimesJson(const std::vector<double>& us) {
 std::string RunToText(const CaseRun& run, const comm::Transport& transport) {
   struct rusage usage;
   getrusage(RUSAGE_SELF, &usage);
-  const Json json = {
-      {"node", transport.NodeOf(transport.rank())},
-      {"verified", run.verified},
-      {"output_hash", run.output_hash},
-      {"dispatch_us", run.dispatch_us},
-      {"combine_us", run.combine_us},
-      {"remote_visits", run.remote_visits},
-      {"remote_routes", run.remote_routes},
-      {"dispatch", CountsJson(run, transport, comm::Direction::kSent, Phase::kDispatch)},
-      {"combine", CountsJson(run, transport, comm::Direction::kSent, Phase::kCombine)},
-      {"nic_sent", run.nic.sent_bytes},
-      {"nic_received", run.nic.received_bytes},
-      {"memory", int64_t{usage.ru_maxrss} * 1024}};
+  const Json json = {{"node", transport.NodeOf(transport.rank())},
+                     {"verified", run.verified},
+                     {"output_hash", run.output_hash},
+                     {"dispatch_us", run.dispatch_us},
+                     {"combine_us", run.combine_us},
+                     {"remote_visits", run.remote_visits},
+                     {"remote_routes", run.remote_routes},
+                     {"dispatch", CountsJson(run, transport, Phase::kDispatch)},
+                     {"combine", CountsJson(run, transport, Phase::kCombine)},
+                     {"nic_sent", run.nic.sent_bytes},
+                     {"nic_received", run.nic.received_bytes},
+                     {"memory", int64_t{usage.ru_maxrss} * 1024}};
   return json.dump();
 }
 
@@ -158,6 +171,7 @@ absl::StatusOr<CaseResult> CombineRuns(const std::vector<std::string>& texts, co
   result.wire = wire;
   result.tokens_per_rank = tokens_per_rank;
   result.sent_bytes.assign(texts.size(), std::vector<int64_t>(texts.size()));
+  result.received_bytes = result.sent_bytes;
   std::vector<Json> ranks;
   std::vector<int> nodes;
   for (const std::string& text : texts) {
@@ -170,10 +184,11 @@ absl::StatusOr<CaseResult> CombineRuns(const std::vector<std::string>& texts, co
     AddTimes(told, result);
     AddTraffic(told, rank, nodes, result);
     result.verified = result.verified && told["verified"].get<bool>();
-    result.output_hash = result.output_hash * 31 + told["output_hash"].get<uint64_t>();
+    const uint64_t hash = told["output_hash"];
+    result.output_hash = XXH3_64bits_withSeed(&hash, sizeof(hash), result.output_hash);
     result.nic_sent_bytes += told["nic_sent"].get<int64_t>();
     result.nic_received_bytes += told["nic_received"].get<int64_t>();
-    result.peak_memory_bytes = std::max(result.peak_memory_bytes, told["memory"].get<int64_t>());
+    result.peak_memory_bytes.push_back(told["memory"].get<int64_t>());
   }
   const double tokens = static_cast<double>(tokens_per_rank * num_layers * ranks.size());
   for (const Json& told : ranks) {
@@ -212,6 +227,7 @@ double PayloadBytesOf(const SizedWire& wire, const CaseResult& of, int64_t hidde
 }
 
 std::optional<double> QualityChange(const std::vector<Json>& ladders, const WireCase& wire) {
+  if (wire.rows != RowSet::kOncePerRank || !wire.presum || wire.hierarchical) return std::nullopt;
   for (const Json& ladder : ladders) {
     for (const Json& rung : ladder["ladder"]) {
       if (rung["exact"].get<bool>() || rung["kv"] != ladder["ladder"][0]["kv"]) continue;
@@ -247,8 +263,10 @@ Json CaseToJson(const CaseResult& result, int64_t hidden, const std::vector<Json
       {"wire", result.wire.Name()},
       {"dispatch_format", std::string(comm::RowFormatName(result.wire.dispatch))},
       {"combine_format", std::string(comm::RowFormatName(result.wire.combine))},
-      {"dedup", result.wire.rows == RowSet::kOncePerRank},
+      {"rows", RowSetName(result.wire.rows)},
       {"presum", result.wire.presum},
+      {"hierarchical", result.wire.hierarchical},
+      {"alltoallv", result.wire.all_to_all},
       {"placement", result.wire.placement},
       {"tokens_per_rank", result.tokens_per_rank},
       {"iterations", result.iterations},
@@ -260,10 +278,12 @@ Json CaseToJson(const CaseResult& result, int64_t hidden, const std::vector<Json
         {"inter_node_bytes", result.InterNodeBytes()},
         {"nic_bytes", result.NicBytes()},
         {"floor_bytes", floor},
+        {"remote_ranks", result.remote_ranks},
         {"bottleneck_link_bytes", result.PerToken(static_cast<double>(result.bottleneck_bytes))}}},
       {"efficiency", result.MessageBytes() > 0 ? floor / result.MessageBytes() : 1.0},
       {"traffic", result.phases},
       {"sent_bytes", result.sent_bytes},
+      {"received_bytes", result.received_bytes},
       {"nic",
        {{"sent_bytes", result.nic_sent_bytes}, {"received_bytes", result.nic_received_bytes}}},
       {"time_us",

@@ -24,12 +24,13 @@ struct CaseResult {
   std::vector<double> dispatch_us, combine_us, total_us;  // [iteration], the slowest rank's
   Json phases = Json::object();                           // dispatch, combine: sums over ranks
   std::vector<std::vector<int64_t>> sent_bytes;           // [from][to] message bytes
+  std::vector<std::vector<int64_t>> received_bytes;       // [at][from]
   int64_t inter_node_bytes = 0;
   int64_t bottleneck_bytes = 0;  // of the busiest node's (or, on one node, rank's) busier direction
   int64_t nic_sent_bytes = 0, nic_received_bytes = 0;
-  int64_t peak_memory_bytes = 0;  // of the largest rank, so far
-  double remote_ranks = 0;        // m: other ranks that hold experts of a token
-  double remote_routes = 0;       // experts of a token on other ranks
+  std::vector<int64_t> peak_memory_bytes;  // by rank, so far
+  double remote_ranks = 0;                 // m: other ranks that hold experts of a token
+  double remote_routes = 0;                // experts of a token on other ranks
 
   // Per token and layer.
   double PerToken(double bytes) const {
@@ -71,8 +72,11 @@ std::span<const SizedWire> SizedWires();
 // Per token and layer; `of`: a case of the same tokens.
 double PayloadBytesOf(const SizedWire& wire, const CaseResult& of, int64_t hidden);
 
+// A percentile needs that many exchanges: of fewer, the 99th is the largest.
+inline constexpr int kSamplesOfP99 = 100;
+
 // What a wire costs: its change of bits per byte in percent, from reports of `eval --ladder`; none
-// where no report has it.
+// where no report has it, or rows are rounded at other places than there.
 std::optional<double> QualityChange(const std::vector<Json>& ladders, const WireCase& wire);
 
 // Pairs of cases that differ in one switch, and what it saves (docs/json.md).

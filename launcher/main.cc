@@ -138,6 +138,7 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
       ->check(CLI::Range(0.0, 8.0))
       ->capture_default_str();
   command->add_option("--seed", options.seed, "Seed of synthetic routing")->capture_default_str();
+  command->add_option("--save-trace", options.save_trace, "Write the routing, for --trace");
   command->add_option("--tokens", options.tokens, "Tokens per rank, a table for each")
       ->delimiter(',')
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
@@ -148,8 +149,10 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
   command->add_option("--ladder", options.ladders,
                       "JSON of eval --ladder: what a wire costs in bits per byte");
   command->add_option("--json", options.json, "Write everything to this file");
-  command->add_option("--matrix", options.matrix,
-                      "CSV of the bytes from each rank (line) to each (column), int4/int4");
+  command->add_option(
+      "--matrix", options.matrix,
+      "CSV for nccl-tests: bytes of int4/int4 from each rank (line) to each (column), "
+      "as fractions of the most");
   AddWorldFlags(*command, options.world);
 }
 

@@ -1,7 +1,9 @@
 // `ternion bench exchange` as a user runs it, small.
+#include <cstring>
 #include <map>
 #include <string>
 
+#include "absl/strings/str_format.h"
 #include "gtest/gtest.h"
 #include "tests/launcher/command.h"
 
@@ -72,7 +74,9 @@ TEST_F(BenchExchange, EveryWireIsRightAndCounted) {
   const Json last = report["cases"].back();
   EXPECT_EQ(last["sent_bytes"].size(), 3u);
   EXPECT_EQ(last["sent_bytes"][1][1], 0) << "own rows do not travel";
-  EXPECT_EQ(LinesThatStartWith(ReadText(directory_.path("matrix.csv")), "").size(), 3u);
+  const std::string matrix = ReadText(directory_.path("matrix.csv"));
+  EXPECT_EQ(LinesThatStartWith(matrix, "").size(), 3u);
+  EXPECT_NE(matrix.find("1.000000"), std::string::npos) << "the largest entry";
   const Json wide = Case(report, "int8/bf16");
   EXPECT_GT(wide["efficiency"].get<double>(), 0.9);
   EXPECT_LE(wide["efficiency"].get<double>(), 1.0);
@@ -89,6 +93,30 @@ TEST_F(BenchExchange, BytesFollowFromTheSeed) {
   EXPECT_NE(Report(2, With(zipf, {"--zipf", "2"}))["trace_hash"], first["trace_hash"]);
 }
 
+TEST_F(BenchExchange, ASavedTraceIsTheSameTrace) {
+  const std::string trace = directory_.path("saved.trace");
+  const Json made = Report(2, With(kSmall, {"--tokens", "16", "--save-trace", trace}));
+  const Json read = Report(2, {"--hidden", "512", "--tokens", "16", "--trace", trace});
+  EXPECT_EQ(read["trace_hash"], made["trace_hash"]);
+  ASSERT_EQ(read["cases"].size(), made["cases"].size());
+  for (size_t i = 0; i < made["cases"].size(); ++i) {
+    EXPECT_EQ(read["cases"][i]["per_token_and_layer"], made["cases"][i]["per_token_and_layer"]);
+  }
+}
+
+TEST_F(BenchExchange, WhatIsReceivedIsWhatWasSent) {
+  const Json report = Report(3, With(kSmall, {"--tokens", "8"}));
+  EXPECT_TRUE(report["error"].is_null());
+  for (const Json& result : report["cases"]) {
+    EXPECT_EQ(result["peak_memory_bytes"].size(), 3u);
+    for (int from = 0; from < 3; ++from) {
+      for (int to = 0; to < 3; ++to) {
+        EXPECT_EQ(result["sent_bytes"][from][to], result["received_bytes"][to][from]);
+      }
+    }
+  }
+}
+
 TEST_F(BenchExchange, ARecordedTraceAndALadder) {
   const std::string trace = directory_.path("text.trace");
   const CommandResult recorded =
@@ -102,6 +130,10 @@ TEST_F(BenchExchange, ARecordedTraceAndALadder) {
   EXPECT_TRUE(Case(report, "int8/int4")["quality_change_percent"].is_number());
   EXPECT_TRUE(Case(report, "int4/int4")["quality_change_percent"].is_null())
       << "not in that ladder";
+  // The name that a trace file carries (docs/trace.md).
+  uint64_t checksum = 0;
+  std::memcpy(&checksum, ReadText(trace).data() + 40, sizeof(checksum));
+  EXPECT_EQ(report["trace_hash"], absl::StrFormat("%016x", checksum));
   ExpectError(2, {"--hidden", "256", "--trace", trace, "--experts", "64"},
               "is a trace of 16 experts, not of 64");
 }
