@@ -130,6 +130,18 @@ absl::Status AgreeOnStatus(Transport& transport, const absl::Status& status) {
   return BroadcastStatus(transport, DecodeStatus(outcome));
 }
 
+absl::Status AgreeOnValue(Transport& transport, absl::string_view what, uint64_t value) {
+  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> values,
+                           Gather(transport, absl::StrCat(value)));
+  absl::Status status;
+  for (size_t rank = 1; rank < values.size(); ++rank) {
+    if (values[rank] == values[0]) continue;
+    status.Update(absl::InvalidArgumentError(
+        absl::StrCat("rank ", rank, " has another ", what, " than rank 0")));
+  }
+  return BroadcastStatus(transport, status);
+}
+
 absl::Status BroadcastStatus(Transport& transport, const absl::Status& status) {
   TERNION_ASSIGN_OR_RETURN(const std::string outcome, Broadcast(transport, EncodeStatus(status)));
   absl::Status agreed = DecodeStatus(outcome);

@@ -36,16 +36,14 @@ Placement PlacementOnNodes(const Placement& placement, const NodeLayout& layout)
       layout.num_nodes());
 }
 
-std::vector<LayerRanks> SeatsHere(const Placement& placement, const NodeLayout& layout) {
-  return MapRanks(placement, [&](RankId rank) {
-    const auto seat = std::find(layout.inside.begin(), layout.inside.end(), rank);
-    return seat == layout.inside.end() ? -1 : static_cast<int>(seat - layout.inside.begin());
-  });
+// A rank's seat on this node, or -1.
+RankId SeatOf(const NodeLayout& layout, RankId rank) {
+  const auto seat = std::find(layout.inside.begin(), layout.inside.end(), rank);
+  return RankId{seat == layout.inside.end() ? -1 : static_cast<int>(seat - layout.inside.begin())};
 }
 
-comm::ExchangeOptions AcrossOptions(comm::ExchangeOptions options) {
-  TERNION_CHECK(options.presum);
-  return options;
+std::vector<LayerRanks> SeatsHere(const Placement& placement, const NodeLayout& layout) {
+  return MapRanks(placement, [&](RankId rank) { return base::Index(SeatOf(layout, rank)); });
 }
 
 // Codes are what arrived, so they travel as codes; sums stay as they are.
@@ -94,12 +92,15 @@ HierarchicalExchange::HierarchicalExchange(const comm::ExchangeOptions& options,
     : nodes_(PlacementOnNodes(placement, layout)),
       seats_(SeatsHere(placement, layout)),
       node_(layout.node_of[base::Index(transport->rank())]),
+      seat_(SeatOf(layout, transport->rank())),
       kernels_(kernels),
       executor_(executor),
-      across_(AcrossOptions(options), transport, kernels, executor, layout.across),
+      across_(options, transport, kernels, executor, layout.across),
       inside_(InsideOptions(options, layout.num_nodes()), transport, kernels, executor,
               layout.inside),
-      gathered_(1, options.hidden) {}
+      gathered_(1, options.hidden) {
+  TERNION_CHECK(options.presum);
+}
 
 absl::Status HierarchicalExchange::DispatchSend(uint32_t step, uint32_t layer,
                                                 const GateChoice& choice,
@@ -135,7 +136,7 @@ absl::Status HierarchicalExchange::FanOut(const comm::ReceivedRows& rows, RunExp
   kernels_->gather_rows({.rows = row_codes_.data(), .scales = row_scales_.data(), .out = codes},
                         *executor_);
   TERNION_ASSIGN_OR_RETURN(const comm::DispatchPlan* plan,
-                           PlanFanOut(seats_[layer_], inside_.size(), rows, routing_));
+                           PlanFanOut(seats_[layer_], inside_.size(), seat_, rows, routing_));
   TERNION_RETURN_IF_ERROR(inside_.DispatchSend(step_, layer_, *plan, codes, nullptr));
   for (size_t arrival = 0;; ++arrival) {
     TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, inside_.DispatchRecv());

@@ -60,6 +60,7 @@ class HierarchicalExchange {
   const Placement nodes_;                // (layer, expert) -> nodes, as if they were ranks
   const std::vector<LayerRanks> seats_;  // [layer][expert] seats of this node, or none
   const int node_;
+  const RankId seat_;  // this rank's on its node
   const kernels::Kernels* const kernels_;
   kernels::Executor* const executor_;
   comm::Exchange across_;

@@ -10,6 +10,8 @@ namespace {
 
 using Destination = RoutingWorkspace::Destination;
 
+constexpr RankId kUndecided{-1};
+
 bool IsIn(std::span<const RankId> ranks, RankId rank) {
   return std::binary_search(ranks.begin(), ranks.end(), rank);
 }
@@ -24,35 +26,25 @@ RankId PickReplica(std::span<const RankId> replicas, int64_t turn,
   return replicas[turn % replicas.size()];
 }
 
-void SortRow(std::span<Destination> routes) {
+// Sets the ranks of one row's routes and sorts these by (rank, expert). `replicas_of` an expert:
+// ascending ranks, at least one.
+template <typename ReplicasOf>
+void PlaceRow(std::span<Destination> routes, RankId self, ReplicasOf replicas_of) {
+  for (Destination& route : routes) {
+    const std::span<const RankId> replicas = replicas_of(route.route.expert);
+    route.rank = replicas.size() == 1 ? replicas[0] : IsIn(replicas, self) ? self : kUndecided;
+  }
+  const auto certain = std::partition(routes.begin(), routes.end(), [](const Destination& route) {
+    return route.rank != kUndecided;
+  });
+  for (size_t i = certain - routes.begin(); i < routes.size(); ++i) {
+    Destination& route = routes[i];
+    const int64_t turn = route.row + base::Index(self) + base::Index(route.route.expert);
+    route.rank = PickReplica(replicas_of(route.route.expert), turn, routes.first(i));
+  }
   std::sort(routes.begin(), routes.end(), [](const Destination& a, const Destination& b) {
     return a.rank != b.rank ? a.rank < b.rank : a.route.expert < b.route.expert;
   });
-}
-
-// Fills `routes` [top_k] with the row's routes, sorted by (rank, expert).
-void PlanRow(const Placement& placement, int layer, RankId self, const GateChoice& choice,
-             int64_t row, std::span<Destination> routes) {
-  const int32_t source = static_cast<int32_t>(row);
-  size_t first = 0, last = routes.size();  // certain ones from the front, the others at the back
-  for (int j = 0; j < choice.top_k; ++j) {
-    const ExpertId expert{choice.experts[row * choice.top_k + j]};
-    const comm::Route route = {expert, choice.weights[row * choice.top_k + j]};
-    const std::span<const RankId> replicas = placement.RanksOf(layer, expert);
-    if (replicas.size() == 1) {
-      routes[first++] = {replicas[0], source, route};
-    } else if (IsIn(replicas, self)) {
-      routes[first++] = {self, source, route};
-    } else {
-      routes[--last] = {self, source, route};
-    }
-  }
-  for (; first < routes.size(); ++first) {
-    const ExpertId expert = routes[first].route.expert;
-    const int64_t turn = row + base::Index(self) + base::Index(expert);
-    routes[first].rank = PickReplica(placement.RanksOf(layer, expert), turn, routes.first(first));
-  }
-  SortRow(routes);
 }
 
 // The plan from ws.routes.
@@ -92,31 +84,34 @@ const comm::DispatchPlan& GroupByRank(int num_ranks, RoutingWorkspace& ws) {
 
 const comm::DispatchPlan& PlanDispatch(const Placement& placement, int layer, RankId self,
                                        const GateChoice& choice, RoutingWorkspace& ws) {
-  ws.routes.resize(static_cast<size_t>(choice.num_rows) * choice.top_k);
-  for (int64_t row = 0; row < choice.num_rows; ++row) {
-    PlanRow(placement, layer, self, choice, row,
-            std::span(ws.routes).subspan(row * choice.top_k, choice.top_k));
+  ws.routes.clear();
+  for (int32_t row = 0; row < choice.num_rows; ++row) {
+    for (int64_t j = int64_t{row} * choice.top_k; j < int64_t{row + 1} * choice.top_k; ++j) {
+      ws.routes.push_back({self, row, {ExpertId{choice.experts[j]}, choice.weights[j]}});
+    }
+    PlaceRow(std::span(ws.routes).last(choice.top_k), self,
+             [&](ExpertId expert) { return placement.RanksOf(layer, expert); });
   }
   return GroupByRank(placement.num_ranks(), ws);
 }
 
 absl::StatusOr<const comm::DispatchPlan*> PlanFanOut(const LayerRanks& seats, int num_seats,
-                                                     const comm::ReceivedRows& rows,
+                                                     RankId self, const comm::ReceivedRows& rows,
                                                      RoutingWorkspace& ws) {
   ws.routes.clear();
   for (size_t row = 0; row < rows.rows.size(); ++row) {
-    const size_t begin = ws.routes.size();
-    for (int32_t j = 0; j < rows.rows[row].num_routes; ++j) {
-      const comm::Route& route = rows.routes[rows.rows[row].first_route + j];
+    const comm::ReceivedRow& received = rows.rows[row];
+    for (int32_t j = 0; j < received.num_routes; ++j) {
+      const comm::Route& route = rows.routes[received.first_route + j];
       const size_t expert = base::Index(route.expert);
       if (expert >= seats.size() || seats[expert].empty()) {
         return absl::InvalidArgumentError(absl::StrCat("a peer sent rows for expert ", expert,
                                                        ", which is not placed on this node"));
       }
-      const RankId seat = seats[expert][(row + expert) % seats[expert].size()];
-      ws.routes.push_back({seat, static_cast<int32_t>(row), route});
+      ws.routes.push_back({self, static_cast<int32_t>(row), route});
     }
-    SortRow(std::span(ws.routes).subspan(begin));
+    PlaceRow(std::span(ws.routes).last(received.num_routes), self,
+             [&](ExpertId expert) { return std::span(seats[base::Index(expert)]); });
   }
   return &GroupByRank(num_seats, ws);
 }

@@ -39,10 +39,11 @@ struct RoutingWorkspace {
 const comm::DispatchPlan& PlanDispatch(const Placement& placement, int layer, RankId self,
                                        const GateChoice& choice, RoutingWorkspace& workspace);
 
-// Where rows that arrived for a node go inside it. `seats`: [expert] the seats that hold it, of
-// `num_seats`; replicas take turns. InvalidArgument names an expert that has none.
+// Where rows that arrived at seat `self` of a node go inside it, by the same rules. `seats`:
+// [expert] the seats that hold it, ascending, of `num_seats`. InvalidArgument names an expert that
+// has none.
 absl::StatusOr<const comm::DispatchPlan*> PlanFanOut(const LayerRanks& seats, int num_seats,
-                                                     const comm::ReceivedRows& rows,
+                                                     RankId self, const comm::ReceivedRows& rows,
                                                      RoutingWorkspace& workspace);
 
 }  // namespace ternion::experts

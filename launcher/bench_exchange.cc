@@ -93,7 +93,6 @@ class Report {
   absl::Status CheckOptions();
   absl::Status GatherHosts();
   absl::Status CheckMemory() const;
-  absl::Status CheckSameTrace();
   void FindNodes();
   absl::Status ReadLadders();
   absl::Status ResolveShape();
@@ -181,20 +180,6 @@ absl::Status Report::ResolveTrace() {
   return check("experts per token", trace_.shape.top_k, wanted.top_k);
 }
 
-absl::Status Report::CheckSameTrace() {
-  comm::Transport& transport = world_.transport();
-  TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> hashes,
-                           comm::Gather(transport, absl::StrCat(trace_hash_)));
-  for (size_t rank = 1; rank < hashes.size(); ++rank) {
-    if (hashes[rank] == hashes[0]) continue;
-    return comm::BroadcastStatus(
-        transport, absl::InvalidArgumentError(absl::StrCat("rank ", rank, " (host ",
-                                                           hosts_[rank]["host"].get<std::string>(),
-                                                           ") has another trace than rank 0")));
-  }
-  return comm::BroadcastStatus(transport, absl::OkStatus());
-}
-
 absl::Status Report::GatherHosts() {
   const Json own = {{"host", HostName()},
                     {"machine", MachineName()},
@@ -245,7 +230,7 @@ absl::Status Report::Prepare() {
   TERNION_RETURN_IF_ERROR(GatherHosts());
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(transport, CheckMemory()));
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, ResolveTrace()));
-  TERNION_RETURN_IF_ERROR(CheckSameTrace());
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnValue(transport, "trace", trace_hash_));
   absl::Status status;
   if (world_.is_root() && !options_.save_trace.empty()) {
     status = experts::SaveTrace(trace_, options_.save_trace);

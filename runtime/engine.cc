@@ -139,6 +139,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
     engine = absl::ResourceExhaustedError("out of memory while loading the model");
   }
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*resources.transport, engine.status()));
+  // Made from files that each host has of its own.
+  const std::string placement = (*engine)->model_->placement().ToJson();
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnValue(*resources.transport, "placement of experts",
+                                             XXH3_64bits(placement.data(), placement.size())));
   // Peers connect on their first message: better now than under the first request.
   TERNION_RETURN_IF_ERROR((*engine)->model_->Forward(Batch{}));
   resources.transport->traffic().Reset();

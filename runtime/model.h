@@ -111,6 +111,7 @@ class Model {
   void SetPrecisions(const WireOptions& wire, kernels::KvFormat kv);
 
   void set_routing_sink(BatchRoutingSink sink) { routing_sink_ = std::move(sink); }
+  const experts::Placement& placement() const { return *placement_; }
 
   int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
   int64_t num_local_experts() const { return num_local_experts_; }  // over all layers

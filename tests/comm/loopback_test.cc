@@ -166,6 +166,17 @@ TEST(CollectiveTest, AgreeOnStatusGivesAllTheErrorOfTheLowestRank) {
   for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
 }
 
+TEST(CollectiveTest, AgreeOnValueNamesTheFirstRankThatDiffers) {
+  RunLoopback(4, [](Transport& transport) -> absl::Status {
+    EXPECT_TRUE(AgreeOnValue(transport, "trace", 7).ok());
+    const bool differs = base::Index(transport.rank()) >= 2;
+    const absl::Status agreed = AgreeOnValue(transport, "trace", differs ? 8 : 7);
+    EXPECT_EQ(agreed.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(agreed.message(), "rank 2 has another trace than rank 0");
+    return absl::OkStatus();
+  });
+}
+
 TEST(CollectiveTest, AnErrorThatAllHaveNamesNoRank) {
   const auto statuses = RunLoopback(3, [](Transport& transport) -> absl::Status {
     EXPECT_EQ(AgreeOnStatus(transport, absl::NotFoundError("no file")).message(), "no file");

@@ -176,6 +176,31 @@ TEST(PlanDispatch, ExpertsWithOneHolderAreChosenFirst) {
   }
 }
 
+// Inside a node the same rules hold.
+TEST(PlanFanOut, ReplicasAreChosenWhereTheRowIsAnyway) {
+  const LayerRanks seats = {{RankId{0}}, {RankId{0}, RankId{1}}, {RankId{1}, RankId{2}}, {}};
+  comm::ReceivedRows rows;
+  const auto add_row = [&](const std::vector<int>& experts) {
+    rows.rows.push_back({.first_route = static_cast<int32_t>(rows.routes.size()),
+                         .num_routes = static_cast<int32_t>(experts.size())});
+    for (int expert : experts) rows.routes.push_back({base::ExpertId{expert}, 0.5f});
+  };
+  add_row({0, 1});  // both at seat 0
+  add_row({1, 2});  // one at seat 2, which is ours
+  RoutingWorkspace workspace;
+  const auto plan = PlanFanOut(seats, 3, RankId{2}, rows, workspace);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  const DispatchPlan& made = **plan;
+  ASSERT_EQ(made.rows[0].source, 0);
+  EXPECT_EQ(made.rows[0].num_routes, 2);
+  EXPECT_EQ(made.rank_begin[3] - made.rank_begin[2], 1);
+  EXPECT_EQ(made.rows.back().source, 1);
+  EXPECT_EQ(made.routes[made.rows.back().first_route].expert, base::ExpertId{2});
+  add_row({3});
+  EXPECT_EQ(PlanFanOut(seats, 3, RankId{2}, rows, workspace).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 TEST(PlanDispatch, ReplicasOfDifferentExpertsTakeTurnsApart) {
   // One row per rank, as in decoding: equally loved experts must not all go to the first replica.
   const Placement placement =

@@ -95,6 +95,24 @@ TEST(Engine, WrongPlacementsAreAgreedErrors) {
   }
 }
 
+// As when a host has another file under the same path.
+TEST(Engine, DifferentPlacementsAreAnAgreedError) {
+  test::TempDir directory;
+  const std::string swapped =
+      directory.Write("swapped.json", PlacementJson([](int e) { return e % 2; }));
+  const auto statuses = comm::RunLoopback(2, [&](comm::Transport& transport) {
+    base::ThreadPool threads(1);
+    kernels::Executor executor{.threads = &threads};
+    const bool is_root = transport.rank() == base::RankId{0};
+    const WorldCase c = {.num_ranks = 2, .placement = is_root ? "contiguous" : swapped};
+    return MakeEngine(c, transport, executor).status();
+  });
+  for (const absl::Status& status : statuses) {
+    EXPECT_TRUE(IsInvalid(status, "rank 1 has another placement of experts than rank 0"));
+    EXPECT_TRUE(comm::IsAgreed(status));
+  }
+}
+
 TEST(Engine, TracesOfAnotherModelAreRefused) {
   test::TempDir directory;
   const auto error_with = [&](const experts::TraceShape& shape) {
