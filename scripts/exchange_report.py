@@ -3,9 +3,10 @@
 
     make build && sudo /usr/bin/python3 scripts/exchange_report.py
 
-Takes about half an hour on two cores. Writes what ran as JSON, exchange.svg, and the tables between
-the marks of docs/results/exchange.md; --tables does the latter two from the JSON that is there.
-Needs what cluster/virtual/cluster needs (root, iproute2), and Debian's python3-matplotlib.
+Takes about half an hour on two cores. Each part's JSON is kept as soon as it is measured; at the end
+exchange.svg and the tables between the marks of docs/results/exchange.md are written anew from all
+JSON that is there. Needs what cluster/virtual/cluster needs (root, iproute2), and Debian's
+python3-matplotlib. --tables and --draw need neither root nor a cluster.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import matplotlib
 
@@ -31,6 +34,9 @@ TERNION = ROOT / "build/release/ternion"
 CLUSTER = ROOT / "cluster/virtual/cluster"
 RESULTS = ROOT / "docs/results"
 LADDERS = [ROOT / "docs/results/quality-tiny-a48.json", ROOT / "docs/results/quality-tiny.json"]
+
+# Never a user's cluster; and the same in every checkout, as two reports at once would measure nonsense.
+os.environ["TERNION_CLUSTER"] = "exchange-report"
 
 RANKS = 16  # of the report; four per host
 TOKENS = {"1gbit": [1, 8, 32, 128], "none": [1, 8, 32, 128, 256]}  # by rate, per rank
@@ -76,6 +82,10 @@ DECODES = [
 REPETITIONS = 5
 
 
+def fail(why: str) -> NoReturn:
+    sys.exit(f"exchange_report: error: {why}")
+
+
 def run(*command: object) -> str:
     return subprocess.run(
         [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True
@@ -93,25 +103,64 @@ def ladder_flags() -> list:
 # ---- Measuring
 
 
-def measure_shape(rate: str, out: Path) -> None:
+def check_machine() -> None:
+    """Fails where nothing could be measured."""
+    if os.geteuid() != 0:
+        fail("a virtual cluster needs root: sudo /usr/bin/python3 scripts/exchange_report.py")
+    if not os.access(TERNION, os.X_OK):
+        fail(f"{TERNION} is missing: make build")
+    for tool in ("ip", "tc", "mpirun"):
+        if not shutil.which(tool):
+            fail(f"'{tool}' is missing: apt install iproute2 openmpi-bin")
+    if not run(CLUSTER, "status").endswith(": down\n"):
+        down = f"TERNION_CLUSTER={os.environ['TERNION_CLUSTER']} {CLUSTER} down"
+        fail(f"another report is running, or was killed; end it by: sudo {down}")
+
+
+def hand_over(path: Path) -> None:
+    """Results belong to whoever called sudo."""
+    if os.geteuid() == 0 and "SUDO_UID" in os.environ:
+        os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"]))
+
+
+def keep(path: Path) -> None:
+    """Puts a finished file among the results. By a rename: there it is never half-written."""
+    part = RESULTS / f".{path.name}.part"
+    shutil.copyfile(path, part)
+    hand_over(part)
+    part.rename(RESULTS / path.name)
+
+
+def measure_shape(directory: Path) -> None:
     """Every wire at the shape of DeepSeek-V3."""
-    run(CLUSTER, "rate", rate)
-    tokens = ",".join(map(str, TOKENS[rate]))
-    across_hosts(
-        RANKS, "bench", "exchange", "--shape", "deepseek-v3", "--tokens", tokens,
-        "--seconds", 0.5, *ladder_flags(), "--json", out / f"exchange-deepseek-v3-{rate}.json",
-        "--matrix", out / f"exchange-deepseek-v3-{rate}.csv",
-    )  # fmt: skip
+    for rate in TOKENS:
+        run(CLUSTER, "rate", rate)
+        out = directory / f"exchange-deepseek-v3-{rate}.json"
+        matrix = out.with_suffix(".csv")
+        across_hosts(
+            RANKS, "bench", "exchange", "--shape", "deepseek-v3",
+            "--tokens", ",".join(map(str, TOKENS[rate])), "--seconds", 0.5, *ladder_flags(),
+            "--json", out, "--matrix", matrix,
+        )  # fmt: skip
+        keep(out)
+        keep(matrix)
 
 
-def measure_trace(trace: Path, out: Path) -> None:
+def measure_trace(directory: Path) -> None:
     """The routing of a bundled model, whose placements have something to save."""
+    trace = directory / "tiny-a48.trace"
+    run(
+        TERNION, "eval", "--model", ROOT / "models/tiny-a48",
+        "--text", ROOT / "models/tiny/test.txt", "--record-trace", trace,
+    )  # fmt: skip
     for rate in ("1gbit", "100mbit"):
         run(CLUSTER, "rate", rate)
+        out = directory / f"exchange-trace-{rate}.json"
         across_hosts(
             4, "bench", "exchange", "--trace", trace, "--hidden", 2048, "--tokens", 128,
-            "--seconds", 2, "--json", out / f"exchange-trace-{rate}.json",
+            "--seconds", 2, "--json", out,
         )  # fmt: skip
+        keep(out)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -132,7 +181,25 @@ def measure_decode(model: Path, prompts: Path, tokens: int, wire: str, batches: 
     return {"decode_tok_s": report["decode_tok_s"], **report["decode_time"]}
 
 
-def measure_decodes(directory: Path) -> list:
+def machine() -> dict:
+    cpu = next(
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    commit = run("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=7").strip()
+    return {
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": os.uname().release,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def measure_decodes(directory: Path) -> None:
+    """Decode rates of MODEL, by wire and micro-batches."""
+    about = machine()
     config, model, prompts = directory / "config.json", directory / "model", directory / "p.txt"
     config.write_text(json.dumps(MODEL))
     run(TERNION, "synth", "--config", config, "--out", model)
@@ -150,47 +217,33 @@ def measure_decodes(directory: Path) -> list:
                  "runs": of_variant}
             )  # fmt: skip
             print(sequences, rate, wire, batches, [round(r["decode_tok_s"]) for r in of_variant])
-    return table
+    out = directory / "exchange-decode.json"
+    out.write_text(json.dumps({"machine": about, "model": MODEL, "decode": table}, indent=1) + "\n")
+    keep(out)
 
 
-def machine() -> dict:
-    cpu = next(
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    commit = run("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=7").strip()
-    return {
-        "commit": commit,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": os.uname().release,
-        "date": datetime.date.today().isoformat(),
-    }
+PARTS = {"decode": measure_decodes, "trace": measure_trace, "shape": measure_shape}
 
 
-def measure() -> None:
-    about = machine()
-    with tempfile.TemporaryDirectory() as name:
-        directory, out = Path(name), Path(name) / "results"
-        out.mkdir()
-        trace = directory / "tiny-a48.trace"
-        run(
-            TERNION, "eval", "--model", ROOT / "models/tiny-a48",
-            "--text", ROOT / "models/tiny/test.txt", "--record-trace", trace,
-        )  # fmt: skip
-        run(CLUSTER, "up", 4)
+def on_signals(action: object) -> None:
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, action)
+
+
+def interrupted(*_: object) -> None:
+    on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave the cluster up
+    fail("interrupted; parts that were finished are kept")
+
+
+def measure(parts: list) -> None:
+    with tempfile.TemporaryDirectory() as directory:
         try:
-            decode = measure_decodes(directory)
-            measure_trace(trace, out)
-            for rate in TOKENS:
-                measure_shape(rate, out)
+            run(CLUSTER, "up", 4)
+            for part in parts:
+                PARTS[part](Path(directory))
         finally:
-            run(CLUSTER, "down")
-        value = {"machine": about, "model": MODEL, "decode": decode}
-        (out / "exchange-decode.json").write_text(json.dumps(value, indent=1) + "\n")
-        for path in out.iterdir():  # all at once: what is there belongs together
-            shutil.copy(path, RESULTS)
+            on_signals(signal.SIG_IGN)
+            subprocess.run([CLUSTER, "down"])  # says itself what it cannot do
 
 
 # ---- Telling
@@ -330,17 +383,28 @@ def decode_table() -> str:
     return markdown(header + ["step ms", "compute ms", "wire ms", "wait ms"], lines)
 
 
+def other_commits(about: dict) -> str:
+    """Those of parts that were measured at another one than the decodes."""
+    names = ["trace-1gbit", "trace-100mbit", "deepseek-v3-1gbit", "deepseek-v3-none"]
+    commits = {name: read(name)["commit"] for name in names}
+    others = [f"{n} at {c}" for n, c in commits.items() if not c.startswith(about["commit"])]
+    return f" ({', '.join(others)})" if others else ""
+
+
 def tables() -> str:
     about = read("decode")["machine"]
-    shaped = read("deepseek-v3-1gbit")
-    memory = max(c["peak_memory_bytes"] for c in shaped["cases"]) / 1e6
+    shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
+    cases = shaped["cases"] + unshaped["cases"]
+    memory = max(case["peak_memory_bytes"] for case in cases) / 1e6
+    most_tokens = max(case["tokens_per_rank"] for case in cases)
     return "\n".join(
         [
-            f"Commit {about['commit']}, {about['cores']} cores of an {about['cpu']} "
-            f"({shaped['isa']}), Linux {about['kernel']}, {about['date']}.\n",
+            f"Commit {about['commit']}{other_commits(about)}, {about['cores']} cores of an "
+            f"{about['cpu']} ({shaped['isa']}), Linux {about['kernel']}, {about['date']}.\n",
             "### Wires: kB per token and layer, 128 tokens per rank\n",
             wire_table(),
-            f"16 ranks, four per host; the largest held {memory:.0f} MB.\n",
+            f"16 ranks, four per host; the largest held {memory:.0f} MB at up to {most_tokens} "
+            "tokens.\n",
             "### Tokens per rank: ms for one layer, dispatch and combine\n",
             ladder_table(),
             "### One switch each, 128 tokens per rank\n",
@@ -359,11 +423,20 @@ def phase_kilobytes(case: dict, phase: str) -> float:
     return share * case["per_token_and_layer"]["message_bytes"] / 1e3
 
 
-def draw() -> None:
-    shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
-    wires = ["int4/int4", "int4/int8", "int8/int8", "int4/bf16", "int8/bf16", "bf16/bf16"]
-    wires += ["bf16/bf16, no dedup"]
-    cases = [case_of(shaped, wire, 128) for wire in wires]
+WIRES = ["int4/int4", "int4/int8", "int8/int8", "int4/bf16", "int8/bf16", "bf16/bf16"]
+WIRES += ["bf16/bf16, no dedup"]
+
+
+def draw(reports: dict, title: str, out: Path) -> None:
+    """Bytes of the first and times of all of one or two reports, by label, at the most tokens per
+    rank that all of them have."""
+    first = next(iter(reports.values()))
+    shared = set.intersection(
+        *({(c["wire"], c["tokens_per_rank"]) for c in r["cases"]} for r in reports.values())
+    )
+    tokens = max(tokens for wire, tokens in shared if wire in WIRES)
+    wires = [wire for wire in WIRES if (wire, tokens) in shared]
+    cases = [case_of(first, wire, tokens) for wire in wires]
     matplotlib.rcParams.update({"svg.hashsalt": "ternion", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     starts = [0.0] * len(cases)
@@ -374,18 +447,38 @@ def draw() -> None:
     left.set_xlabel("message kB per token and layer")
     left.legend(fontsize=8)
     left.invert_yaxis()
-    positions = range(len(wires))
-    for report, color, shift, name in (
-        (shaped, "#1b6ca8", -0.2, "1 Gbit/s"),
-        (unshaped, "#2a9d5c", 0.2, "unshaped"),
-    ):
-        times = [p50_ms(case_of(report, wire, 128)) for wire in wires]
-        right.barh([p + shift for p in positions], times, height=0.4, color=color, label=name)
-    right.set_xlabel("ms for one layer, 128 tokens per rank (median)")
+    height = 0.8 / len(reports)
+    for i, ((name, report), color) in enumerate(zip(reports.items(), ("#1b6ca8", "#2a9d5c"))):
+        shift = height * (i - (len(reports) - 1) / 2)
+        positions = [position + shift for position in range(len(wires))]
+        times = [p50_ms(case_of(report, wire, tokens)) for wire in wires]
+        right.barh(positions, times, height=height, color=color, label=name)
+    right.set_xlabel(f"ms for one layer, {tokens} tokens per rank (median)")
     right.legend(fontsize=8)
-    figure.suptitle("DeepSeek-V3's shape, 16 ranks on 4 virtual hosts of one machine", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(RESULTS / "exchange.svg", metadata={"Date": None})
+    figure.savefig(out, metadata={"Date": None})
+    hand_over(out)
+
+
+def draw_own() -> None:
+    reports = {"1 Gbit/s": read("deepseek-v3-1gbit"), "unshaped": read("deepseek-v3-none")}
+    title = "DeepSeek-V3's shape, 16 ranks on 4 virtual hosts of one machine"
+    draw(reports, title, RESULTS / "exchange.svg")
+
+
+def draw_others(paths: list, out: Path) -> None:
+    """Of reports that `ternion bench exchange --json` wrote."""
+    names = [path.name for path in paths]
+    labels = names if len(set(names)) == len(paths) else map(str, paths)
+    reports = {}
+    for label, path in zip(labels, paths):
+        try:
+            report = reports[label] = json.loads(path.read_text())
+            title = "{shape}, rows of {hidden}, {ranks} ranks on {nodes} hosts".format(**report)
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path} is no report of ternion bench exchange --json")
+    draw(reports, title, out)
 
 
 PAGE = RESULTS / "exchange.md"
@@ -395,22 +488,47 @@ BEGIN, END = "<!-- tables: scripts/exchange_report.py -->\n", "<!-- end of table
 def write_tables() -> None:
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(before + BEGIN + tables() + END + rest.split(END)[1])
+    hand_over(PAGE)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", action="store_true", help="tables and picture, no measuring")
-    only_tables = parser.parse_args().tables
-    if any(PAGE.read_text().count(mark) != 1 for mark in (BEGIN, END)):
-        sys.exit(f"{PAGE}: the marks of the tables are missing")
-    for sign in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, lambda *_: sys.exit(1))  # so that the cluster goes down
-    if not only_tables:
-        measure()
-    draw()
-    write_tables()
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--only", action="append", choices=PARTS, help="measure this part; may be repeated"
+    )
+    modes.add_argument("--tables", action="store_true", help="tables and picture, no measuring")
+    modes.add_argument(
+        "--draw", nargs="+", type=Path, metavar="FILE",
+        help="A.json [B.json] OUT.svg: the picture, of reports by ternion bench exchange --json",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.draw and (len(args.draw) not in (2, 3) or args.draw[-1].suffix != ".svg"):
+        parser.error("--draw takes one or two reports and then the picture's name, OUT.svg")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    on_signals(interrupted)
+    try:
+        if args.draw:
+            draw_others(args.draw[:-1], args.draw[-1])
+            return
+        if any(PAGE.read_text().count(mark) != 1 for mark in (BEGIN, END)):
+            fail(f"{PAGE}: the marks of the tables are missing")
+        if not args.tables:
+            check_machine()
+            measure([part for part in PARTS if part in (args.only or PARTS)])
+        draw_own()
+        write_tables()
+    except subprocess.CalledProcessError as error:
+        command = shlex.join(map(str, error.cmd))
+        fail(f"failed with {error.returncode}, finished parts are kept: {command}")
+    except OSError as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,17 @@ size_t NumNamespaces() {
   return LinesThatStartWith(RunCommand({"ip", "netns", "list"}).out, Name()).size();
 }
 
+// Processes of this test's cluster that run `ternion`.
+int NumRanks() {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const pid_t pid = std::atoi(entry.path().filename().c_str());
+    count += pid > 0 && ReadText(entry.path() / "comm") == "ternion\n" &&
+             EnvironmentOf(pid, "TERNION_CLUSTER").starts_with(Name());
+  }
+  return count;
+}
+
 class VirtualCluster : public testing::Test {
  protected:
   void SetUp() override {
@@ -174,6 +185,7 @@ TEST_F(VirtualCluster, ACutFirstHostEndsTheJobToo) {
   Expect({"up", "3"});
   Child job(LongJob(3), Named(Name()));
   ASSERT_TRUE(job.WaitForOutput(100));
+  ASSERT_EQ(NumRanks(), 3);
   const auto start = std::chrono::steady_clock::now();
   Expect({"cut", "h0"});
   const CommandResult result = job.Wait();
@@ -181,6 +193,10 @@ TEST_F(VirtualCluster, ACutFirstHostEndsTheJobToo) {
   EXPECT_NE(result.exit_code, 0);
   EXPECT_LT(std::chrono::steady_clock::now() - start, seconds(20));
   EXPECT_NE(result.err.find("ternion: error: rank 0: rank "), std::string::npos) << result.err;
+  // Nobody is left to tell the others' words, but they end as well.
+  while (NumRanks() > 0 && std::chrono::steady_clock::now() - start < seconds(20)) {
+  }
+  EXPECT_EQ(NumRanks(), 0);
 }
 
 TEST_F(VirtualCluster, AKilledMpirunLeavesNothing) {
@@ -274,6 +290,17 @@ TEST_F(VirtualCluster, BadUseIsOneClearLine) {
       EXPECT_EQ(Traces(), before) << "nothing is changed";
     }
   }
+  // A PATH without tc.
+  for (const char* tool : {"bash", "readlink", "cksum", "cut", "id", "ip", "mpirun", "cat"}) {
+    const CommandResult found = RunCommand({"sh", "-c", std::string("command -v ") + tool});
+    std::filesystem::create_symlink(found.out.substr(0, found.out.find('\n')),
+                                    directory_.path(tool));
+  }
+  CommandOptions without_tc = Named(Name("-c"));
+  without_tc.environment["PATH"] = directory_.path();
+  const CommandResult lacking = RunCommand(Cluster({"up", "2"}), without_tc);
+  EXPECT_EQ(lacking.exit_code, 1);
+  EXPECT_EQ(lacking.err, "cluster: error: 'tc' is missing (Debian: iproute2, openmpi-bin)\n");
   for (const Strings& prefix : {Strings{"setpriv", "--reuid=65534", "--clear-groups"},
                                 Strings{"unshare", "--user", "--map-root-user"}}) {
     Strings command = prefix;
