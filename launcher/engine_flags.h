@@ -28,7 +28,8 @@ struct EngineFlags {
 
 // Adds --threads, --device and --transport to `command`.
 void AddWorldFlags(CLI::App& command, WorldOptions& options);
-// Adds --model, --wire*, --placement, --trace, --kv, --kv-tokens and the world's flags.
+// Adds --model, --wire*, --placement, --trace, --exchange, --micro-batches, --kv, --kv-tokens and the
+// world's flags.
 void AddEngineFlags(CLI::App& command, EngineFlags& flags);
 
 // An engine and how long it took to load.
