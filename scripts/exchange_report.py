@@ -113,8 +113,8 @@ def check_machine() -> None:
         if not shutil.which(tool):
             fail(f"'{tool}' is missing: apt install iproute2 openmpi-bin")
     if not run(CLUSTER, "status").endswith(": down\n"):
-        down = f"TERNION_CLUSTER={os.environ['TERNION_CLUSTER']} {CLUSTER} down"
-        fail(f"another report is running, or was killed; end it by: sudo {down}")
+        down = f"sudo env TERNION_CLUSTER={os.environ['TERNION_CLUSTER']} {CLUSTER} down"
+        fail(f"its cluster is up: another report is running, or was killed; then {down}")
 
 
 def hand_over(path: Path) -> None:
@@ -181,22 +181,6 @@ def measure_decode(model: Path, prompts: Path, tokens: int, wire: str, batches: 
     return {"decode_tok_s": report["decode_tok_s"], **report["decode_time"]}
 
 
-def machine() -> dict:
-    cpu = next(
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    commit = run("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=7").strip()
-    return {
-        "commit": commit,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": os.uname().release,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def measure_decodes(directory: Path) -> None:
     """Decode rates of MODEL, by wire and micro-batches."""
     about = machine()
@@ -220,6 +204,22 @@ def measure_decodes(directory: Path) -> None:
     out = directory / "exchange-decode.json"
     out.write_text(json.dumps({"machine": about, "model": MODEL, "decode": table}, indent=1) + "\n")
     keep(out)
+
+
+def machine() -> dict:
+    cpu = next(
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    commit = run("git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=7").strip()
+    return {
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": os.uname().release,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 PARTS = {"decode": measure_decodes, "trace": measure_trace, "shape": measure_shape}
@@ -247,6 +247,9 @@ def measure(parts: list) -> None:
 
 
 # ---- Telling
+
+
+TRACES = ["trace-1gbit", "trace-100mbit"]
 
 
 def read(name: str) -> dict:
@@ -329,7 +332,7 @@ def factor_table(tokens: int = 128) -> str:
 
 
 def placement_table(tokens: int = 128) -> str:
-    reports = [read("trace-1gbit"), read("trace-100mbit")]
+    reports = [read(name) for name in TRACES]
     lines = []
     for name in ("contiguous", "balanced", "local"):
         statistics_of = reports[0]["placements"][name]
@@ -383,28 +386,24 @@ def decode_table() -> str:
     return markdown(header + ["step ms", "compute ms", "wire ms", "wait ms"], lines)
 
 
-def other_commits(about: dict) -> str:
-    """Those of parts that were measured at another one than the decodes."""
-    names = ["trace-1gbit", "trace-100mbit", "deepseek-v3-1gbit", "deepseek-v3-none"]
-    commits = {name: read(name)["commit"] for name in names}
-    others = [f"{n} at {c}" for n, c in commits.items() if not c.startswith(about["commit"])]
-    return f" ({', '.join(others)})" if others else ""
-
-
 def tables() -> str:
     about = read("decode")["machine"]
     shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
     cases = shaped["cases"] + unshaped["cases"]
-    memory = max(case["peak_memory_bytes"] for case in cases) / 1e6
-    most_tokens = max(case["tokens_per_rank"] for case in cases)
+    # By rank; the reports of f8705dd have the largest rank's alone.
+    held = [case["peak_memory_bytes"] for case in cases]
+    memory = max(max(h) if isinstance(h, list) else h for h in held) / 1e6
+    tokens = max(case["tokens_per_rank"] for case in cases)
+    # With --only, parts may have been measured at different commits.
+    commits = {report["commit"] for report in (shaped, unshaped, *map(read, TRACES))}
+    others = sorted(commit for commit in commits if not commit.startswith(about["commit"]))
     return "\n".join(
         [
-            f"Commit {about['commit']}{other_commits(about)}, {about['cores']} cores of an "
+            f"Commit {', '.join([about['commit'], *others])}, {about['cores']} cores of an "
             f"{about['cpu']} ({shaped['isa']}), Linux {about['kernel']}, {about['date']}.\n",
             "### Wires: kB per token and layer, 128 tokens per rank\n",
             wire_table(),
-            f"16 ranks, four per host; the largest held {memory:.0f} MB at up to {most_tokens} "
-            "tokens.\n",
+            f"16 ranks, four per host; the largest held {memory:.0f} MB at up to {tokens} tokens.\n",
             "### Tokens per rank: ms for one layer, dispatch and combine\n",
             ladder_table(),
             "### One switch each, 128 tokens per rank\n",
@@ -427,16 +426,15 @@ WIRES = ["int4/int4", "int4/int8", "int8/int8", "int4/bf16", "int8/bf16", "bf16/
 WIRES += ["bf16/bf16, no dedup"]
 
 
-def draw(reports: dict, title: str, out: Path) -> None:
-    """Bytes of the first and times of all of one or two reports, by label, at the most tokens per
-    rank that all of them have."""
-    first = next(iter(reports.values()))
-    shared = set.intersection(
-        *({(c["wire"], c["tokens_per_rank"]) for c in r["cases"]} for r in reports.values())
-    )
-    tokens = max(tokens for wire, tokens in shared if wire in WIRES)
+def draw(labels: list, reports: list, title: str, out: Path) -> None:
+    """Bytes of the first report and times of all, at the most tokens per rank that all have."""
+    all_cases = [{(c["wire"], c["tokens_per_rank"]): c for c in r["cases"]} for r in reports]
+    shared = [key for key in all_cases[0] if all(key in cases for cases in all_cases)]
+    tokens = max((tokens for wire, tokens in shared if wire in WIRES), default=0)
     wires = [wire for wire in WIRES if (wire, tokens) in shared]
-    cases = [case_of(first, wire, tokens) for wire in wires]
+    if not wires:
+        fail(f"nothing to draw: no wire is in all of {', '.join(labels)}")
+    cases = [all_cases[0][wire, tokens] for wire in wires]
     matplotlib.rcParams.update({"svg.hashsalt": "ternion", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     starts = [0.0] * len(cases)
@@ -448,11 +446,11 @@ def draw(reports: dict, title: str, out: Path) -> None:
     left.legend(fontsize=8)
     left.invert_yaxis()
     height = 0.8 / len(reports)
-    for i, ((name, report), color) in enumerate(zip(reports.items(), ("#1b6ca8", "#2a9d5c"))):
+    for i, (label, of, color) in enumerate(zip(labels, all_cases, ("#1b6ca8", "#2a9d5c"))):
         shift = height * (i - (len(reports) - 1) / 2)
         positions = [position + shift for position in range(len(wires))]
-        times = [p50_ms(case_of(report, wire, tokens)) for wire in wires]
-        right.barh(positions, times, height=height, color=color, label=name)
+        times = [p50_ms(of[wire, tokens]) for wire in wires]
+        right.barh(positions, times, height=height, color=color, label=label)
     right.set_xlabel(f"ms for one layer, {tokens} tokens per rank (median)")
     right.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -462,23 +460,21 @@ def draw(reports: dict, title: str, out: Path) -> None:
 
 
 def draw_own() -> None:
-    reports = {"1 Gbit/s": read("deepseek-v3-1gbit"), "unshaped": read("deepseek-v3-none")}
+    reports = [read("deepseek-v3-1gbit"), read("deepseek-v3-none")]
     title = "DeepSeek-V3's shape, 16 ranks on 4 virtual hosts of one machine"
-    draw(reports, title, RESULTS / "exchange.svg")
+    draw(["1 Gbit/s", "unshaped"], reports, title, RESULTS / "exchange.svg")
 
 
 def draw_others(paths: list, out: Path) -> None:
-    """Of reports that `ternion bench exchange --json` wrote."""
+    about = "{shape}, rows of {hidden}, {ranks} ranks on {nodes} hosts"
+    try:
+        reports = [json.loads(path.read_text()) for path in paths]
+        titles = dict.fromkeys(about.format(**report) for report in reports)
+    except (ValueError, KeyError, TypeError):
+        fail("--draw takes reports of ternion bench exchange --json")
     names = [path.name for path in paths]
-    labels = names if len(set(names)) == len(paths) else map(str, paths)
-    reports = {}
-    for label, path in zip(labels, paths):
-        try:
-            report = reports[label] = json.loads(path.read_text())
-            title = "{shape}, rows of {hidden}, {ranks} ranks on {nodes} hosts".format(**report)
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path} is no report of ternion bench exchange --json")
-    draw(reports, title, out)
+    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    draw(labels, reports, "; times also of ".join(titles), out)
 
 
 PAGE = RESULTS / "exchange.md"
@@ -497,12 +493,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
-        "--only", action="append", choices=PARTS, help="measure this part; may be repeated"
+        "--only", action="append", choices=PARTS, help="measure only this part; may be repeated"
     )
     modes.add_argument("--tables", action="store_true", help="tables and picture, no measuring")
     modes.add_argument(
         "--draw", nargs="+", type=Path, metavar="FILE",
-        help="A.json [B.json] OUT.svg: the picture, of reports by ternion bench exchange --json",
+        help="A.json [B.json] OUT.svg: the picture of one or two ternion bench exchange --json",
     )  # fmt: skip
     args = parser.parse_args()
     if args.draw and (len(args.draw) not in (2, 3) or args.draw[-1].suffix != ".svg"):
