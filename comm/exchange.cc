@@ -10,19 +10,6 @@
 namespace ternion::comm {
 namespace {
 
-constexpr int64_t kMaxHidden = int64_t{1} << 24;
-constexpr int64_t kMaxRows = int64_t{1} << 24;
-constexpr int kMaxTopK = 255;         // counts are one byte on the wire
-constexpr int kMaxExperts = 1 << 16;  // ids are two
-constexpr int kMaxMicroBatch = UINT16_MAX;
-constexpr uint32_t kMaxLayer = UINT16_MAX;
-
-absl::Status CheckOption(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (least <= value && value <= most) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("exchange: ", name, " is ", value, ", must be ", least, " to ", most));
-}
-
 // At least `count` elements; grows ahead, so that growing comes to an end.
 void Reserve(base::Array<float>* array, int64_t count) {
   if (static_cast<int64_t>(array->size()) >= count) return;
@@ -50,24 +37,6 @@ std::vector<RankId> AllRanks(const Transport& transport) {
 }
 
 }  // namespace
-
-absl::Status ValidateExchangeOptions(const ExchangeOptions& options) {
-  TERNION_RETURN_IF_ERROR(CheckOption("hidden", options.hidden, 1, kMaxHidden));
-  TERNION_RETURN_IF_ERROR(CheckOption("max_rows", options.max_rows, 1, kMaxRows));
-  TERNION_RETURN_IF_ERROR(CheckOption("num_experts", options.num_experts, 1, kMaxExperts));
-  TERNION_RETURN_IF_ERROR(
-      CheckOption("top_k", options.top_k, 1, std::min(kMaxTopK, options.num_experts)));
-  TERNION_RETURN_IF_ERROR(CheckOption("micro_batch", options.micro_batch, 0, kMaxMicroBatch));
-  if (options.act_bits != 8 && options.act_bits != 4) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("exchange: act_bits is ", options.act_bits, ", must be 8 or 4"));
-  }
-  if (options.dispatch == RowFormat::kInt4 && options.act_bits != 4) {
-    return absl::InvalidArgumentError(
-        "exchange: int4 dispatch would round this model's 8-bit activations; choose int8");
-  }
-  return absl::OkStatus();
-}
 
 void ReceivedRows::Clear() {
   rows.clear();
@@ -116,7 +85,7 @@ bool Exchange::NeedsNormed() const { return IsFloat(options_.dispatch); }
 
 absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const DispatchPlan& plan,
                                     const kernels::QuantizedRows& codes, const float* normed) {
-  TERNION_CHECK(stage_ == Stage::kDispatchSend && layer <= kMaxLayer);
+  TERNION_CHECK(stage_ == Stage::kDispatchSend && layer <= UINT16_MAX);
   TERNION_CHECK(plan.rank_begin.size() == peers_.size() + 1);
   TERNION_CHECK(plan.rank_begin.back() == static_cast<int64_t>(plan.rows.size()));
   TERNION_CHECK(codes.num_rows <= options_.max_rows && codes.dim == options_.hidden);
