@@ -1,4 +1,4 @@
-// For comparison: an exchange by MPI_Alltoallv, as most systems do it.
+// For comparison: an exchange by MPI_Ialltoallv, as most systems do it.
 #pragma once
 
 #include <optional>

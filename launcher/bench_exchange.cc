@@ -187,7 +187,10 @@ absl::Status Report::GatherHosts() {
                     {"interfaces", interfaces_}};
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
                            comm::Gather(world_.transport(), own.dump()));
-  for (const std::string& text : texts) hosts_.push_back(Json::parse(text));
+  for (const std::string& text : texts) {
+    hosts_.push_back(Json::parse(text, nullptr, /*allow_exceptions=*/false));
+    if (!hosts_.back().is_object()) return absl::InvalidArgumentError("a rank sent a broken text");
+  }
   return absl::OkStatus();
 }
 
@@ -227,7 +230,7 @@ absl::Status Report::CheckOptions() {
 absl::Status Report::Prepare() {
   comm::Transport& transport = world_.transport();
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, CheckOptions()));
-  TERNION_RETURN_IF_ERROR(GatherHosts());
+  TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(transport, GatherHosts()));
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(transport, CheckMemory()));
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(transport, ResolveTrace()));
   TERNION_RETURN_IF_ERROR(comm::AgreeOnValue(transport, "trace", trace_hash_));
@@ -454,7 +457,7 @@ Json Report::ToJson(const std::vector<CaseResult>& results, const absl::Status& 
 }
 
 // Lines are senders and columns receivers: the bytes of int4/int4 over the largest entry, as
-// nccl-tests' alltoallv_perf reads them.
+// the alltoallv benchmark that was proposed for nccl-tests reads them (its pull request 157).
 absl::Status Report::WriteMatrix(const std::vector<CaseResult>& results) const {
   if (options_.matrix.empty()) return absl::OkStatus();
   const CaseResult* const result = Find(results, kNarrowest, options_.tokens.back());

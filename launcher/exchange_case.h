@@ -32,7 +32,7 @@ struct WireCase {
   bool presum = true;
   std::string placement = "contiguous";
   bool hierarchical = false;  // once per node, then inside
-  bool all_to_all = false;    // all messages of a phase at once, by MPI_Alltoallv
+  bool all_to_all = false;    // all messages of a phase at once, by MPI_Ialltoallv
 
   std::string Name() const;  // "int4/int4, no dedup"
 };

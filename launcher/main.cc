@@ -151,7 +151,7 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
   command->add_option("--json", options.json, "Write everything to this file");
   command->add_option(
       "--matrix", options.matrix,
-      "CSV for nccl-tests: bytes of int4/int4 from each rank (line) to each (column), "
+      "CSV for an alltoallv benchmark: bytes of int4/int4 from each rank (line) to each (column), "
       "as fractions of the most");
   AddWorldFlags(*command, options.world);
 }
