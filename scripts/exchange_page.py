@@ -173,9 +173,7 @@ def tables() -> str:
     about = read("decode")["machine"]
     shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
     cases = shaped["cases"] + unshaped["cases"]
-    # By rank; the reports of f8705dd have the largest rank's alone.
-    held = [case["peak_memory_bytes"] for case in cases]
-    memory = max(max(h) if isinstance(h, list) else h for h in held) / 1e6
+    memory = max(max(case["peak_memory_bytes"]) for case in cases) / 1e6
     tokens = max(case["tokens_per_rank"] for case in cases)
     # With --only, parts may have been measured at different commits.
     commits = {report["commit"] for report in (shaped, unshaped, *map(read, TRACES))}
