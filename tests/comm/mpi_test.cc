@@ -16,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "kernels/select.h"
 #include "tests/comm/exchange_case.h"
+#include "tests/comm/faulty_transport.h"
 
 namespace ternion::comm {
 namespace {
@@ -208,6 +209,22 @@ int AbortOneRank() {
   return world->Receive({&kRank1, 1}, Phase::kDispatch).ok() ? 0 : 2;
 }
 
+// One bit of a message of rank 1 flips on its way: rank 0 says whose it was, and ends the job.
+int FlipOneBit() {
+  FaultyTransport faulty(world.get());
+  faulty.on_send = [](RankId to, Phase, Message& message) {
+    if (world->rank() == RankId{1} && to == RankId{0}) message.bytes().back() ^= 4;
+  };
+  ExchangeCase c;
+  c.num_ranks = world->size();
+  c.options = {.hidden = 1001, .max_rows = 50, .top_k = 3, .num_experts = 8};
+  std::vector<std::vector<float>> outs;
+  const absl::Status status = RunRank(c, faulty, &outs);
+  if (world->rank() == RankId{0}) std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  if (!status.ok()) world->Abort(status);
+  return 0;
+}
+
 int RunTests() {
   const int failed = RUN_ALL_TESTS();
   // The others may wait for this rank.
@@ -226,6 +243,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   world = *std::move(transport);
-  const bool abort = argc > 1 && std::string(argv[1]) == "--abort";
-  return abort ? AbortOneRank() : RunTests();
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "--abort") return AbortOneRank();
+  return mode == "--flip" ? FlipOneBit() : RunTests();
 }

@@ -4,12 +4,16 @@
 
 #include <algorithm>
 #include <random>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "comm/loopback/loopback.h"
 #include "gtest/gtest.h"
 #include "kernels/select.h"
+#include "tests/comm/faulty_transport.h"
 #include "tests/testing/status.h"
 
 namespace ternion::experts {
@@ -143,6 +147,36 @@ TEST(HierarchicalExchange, EqualsTheSerialSum) {
           world.num_ranks(),
           [&](comm::Transport& transport) { return RunRank(placement, transport); }, world.node_of);
       for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+    }
+  }
+}
+
+// Between nodes or inside one: who takes a damaged message says whose it was.
+TEST(HierarchicalExchange, AFlippedBitIsCaughtAndNamed) {
+  const World world = {{0, 0, 1, 1}};
+  const Placement placement = RandomPlacement(world.num_ranks(), 1);
+  for (const int sender : {2, 1}) {
+    for (const comm::Phase phase : {comm::Phase::kDispatch, comm::Phase::kCombine}) {
+      SCOPED_TRACE(absl::StrCat("rank ", sender, ", phase ", static_cast<int>(phase)));
+      const auto statuses = comm::RunLoopback(
+          world.num_ranks(),
+          [&](comm::Transport& transport) {
+            comm::FaultyTransport faulty(&transport);
+            bool flipped = false;
+            faulty.on_send = [&](RankId to, comm::Phase of, comm::Message& message) {
+              const bool chosen =
+                  transport.rank() == RankId{sender} && to == RankId{0} && of == phase;
+              if (chosen && !std::exchange(flipped, true)) message.bytes().back() ^= 8;
+            };
+            return RunRank(placement, faulty);
+          },
+          world.node_of);
+      EXPECT_TRUE(absl::IsDataLoss(statuses[0])) << statuses[0];
+      EXPECT_TRUE(absl::StrContains(statuses[0].message(), absl::StrCat("rank ", sender)))
+          << statuses[0];
+      for (int rank = 1; rank < world.num_ranks(); ++rank) {
+        EXPECT_TRUE(statuses[rank].ok() || absl::IsUnavailable(statuses[rank])) << statuses[rank];
+      }
     }
   }
 }

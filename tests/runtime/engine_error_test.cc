@@ -64,6 +64,35 @@ TEST(Engine, ARankThatFailsEndsTheOthers) {
   }
 }
 
+// In the midst of a run: the receiver names the sender, and every rank ends.
+TEST(Engine, AFlippedBitEndsEveryRank) {
+  for (const comm::Phase phase : {comm::Phase::kDispatch, comm::Phase::kCombine}) {
+    const auto statuses = comm::RunLoopback(3, [&](comm::Transport& world) -> absl::Status {
+      comm::FaultyTransport transport(&world);
+      int messages = 0;
+      transport.on_send = [&](RankId to, comm::Phase of, comm::Message& message) {
+        const bool chosen = world.rank() == RankId{1} && to == RankId{2} && of == phase;
+        if (chosen && ++messages == 5) message.bytes().back() ^= 1;
+      };
+      base::ThreadPool threads(1);
+      kernels::Executor executor{.threads = &threads};
+      TERNION_ASSIGN_OR_RETURN(const std::unique_ptr<Engine> engine,
+                               MakeEngine({.num_ranks = 3}, transport, executor));
+      if (world.rank() != RankId{0}) return engine->Follow();
+      for (uint32_t seed = 0; seed < 3; ++seed) {  // a sequence for each rank
+        TERNION_RETURN_IF_ERROR(engine->Submit(RandomPrompt(20, 400, seed)).status());
+      }
+      std::map<SequenceId, Outcome> outcomes;
+      TERNION_RETURN_IF_ERROR(RunToEnd(*engine, outcomes));
+      return engine->Stop();
+    });
+    EXPECT_TRUE(IsError(statuses[2], absl::StatusCode::kDataLoss, "rank 1"));
+    for (const int rank : {0, 1}) {
+      EXPECT_TRUE(IsError(statuses[rank], absl::StatusCode::kUnavailable, "rank 2 is gone"));
+    }
+  }
+}
+
 TEST(Engine, WhenRankZeroFailsTheOthersEnd) {
   const auto statuses = RunEngines({.num_ranks = 3}, [&](Engine& engine) -> absl::Status {
     TERNION_RETURN_IF_ERROR(engine.Submit(RandomPrompt(20, 400, 1)).status());
