@@ -302,16 +302,34 @@ std::vector<float> ExchangeCase::Expected(int layer) {
   return out;
 }
 
-absl::StatusOr<bool> ExchangeCase::Verify(uint64_t* hash) {
-  bool equal = true;
+// Since the traffic was last reset.
+LayerBytes ExchangeCase::SentBytes() const {
+  LayerBytes bytes;
+  for (int rank = 0; rank < transport_.size(); ++rank) {
+    const auto sent = [&](comm::Phase phase) {
+      return transport_.traffic()
+          .at(comm::Direction::kSent, phase, base::RankId{rank})
+          .message_bytes;
+    };
+    bytes.dispatch.push_back(sent(comm::Phase::kDispatch));
+    bytes.combine.push_back(sent(comm::Phase::kCombine));
+  }
+  return bytes;
+}
+
+absl::StatusOr<ExchangeCase::Round> ExchangeCase::Verify() {
+  Round round;
   for (int layer = 0; layer < setup_.num_layers; ++layer) {
     std::fill_n(out_.data(), out_.size(), 0.0f);
+    transport_.traffic().Reset();
     TERNION_RETURN_IF_ERROR(Exchange(layer, /*fresh_outputs=*/true, nullptr));
+    round.layer_bytes.push_back(SentBytes());
     const std::vector<float> expected = Expected(layer);
-    equal = equal && std::equal(expected.begin(), expected.end(), out_.data());
-    *hash = XXH3_64bits_withSeed(out_.data(), out_.size() * sizeof(float), *hash);
+    round.equal = round.equal && std::equal(expected.begin(), expected.end(), out_.data());
+    round.output_hash =
+        XXH3_64bits_withSeed(out_.data(), out_.size() * sizeof(float), round.output_hash);
   }
-  return equal;
+  return round;
 }
 
 // As many exchanges as fit into `seconds`, by what a few of them take on rank 0; they warm up, too.
@@ -352,12 +370,13 @@ absl::Status ExchangeCase::Time(int iterations, CaseRun* run) {
 
 absl::StatusOr<CaseRun> ExchangeCase::Run(double seconds) {
   CaseRun run = run_;
-  TERNION_ASSIGN_OR_RETURN(const bool before, Verify(&run.output_hash));
+  TERNION_ASSIGN_OR_RETURN(const Round before, Verify());
   TERNION_ASSIGN_OR_RETURN(const int iterations, ChooseIterations(seconds));
   TERNION_RETURN_IF_ERROR(Time(iterations, &run));
-  uint64_t hash_after = 0;
-  TERNION_ASSIGN_OR_RETURN(const bool after, Verify(&hash_after));
-  run.verified = before && after && run.output_hash == hash_after;
+  TERNION_ASSIGN_OR_RETURN(const Round after, Verify());
+  run.verified = before.equal && after.equal && before.output_hash == after.output_hash;
+  run.output_hash = before.output_hash;
+  run.layer_bytes = before.layer_bytes;
   return run;
 }
 

@@ -48,6 +48,11 @@ struct ExchangeSetup {
   std::vector<std::string> interfaces;
 };
 
+// Message bytes that a rank sends in one layer: [peer] by phase.
+struct LayerBytes {
+  std::vector<int64_t> dispatch, combine;
+};
+
 // What one rank saw of a case. Times by iteration, in microseconds; bytes over all iterations.
 struct CaseRun {
   bool verified = false;     // before and after the timing
@@ -58,6 +63,7 @@ struct CaseRun {
   int64_t remote_visits = 0;
   int64_t remote_routes = 0;
   comm::TrafficMeter traffic;
+  std::vector<LayerBytes> layer_bytes;  // [layer] of one exchange
   NicCount nic;
 };
 
@@ -75,10 +81,17 @@ class ExchangeCase {
   absl::StatusOr<CaseRun> Run(double seconds);
 
  private:
-  absl::StatusOr<bool> Verify(uint64_t* hash);
+  // One round over the layers.
+  struct Round {
+    bool equal = true;  // all sums
+    uint64_t output_hash = 0;
+    std::vector<LayerBytes> layer_bytes;
+  };
+  absl::StatusOr<Round> Verify();
   absl::StatusOr<int> ChooseIterations(double seconds);
   void AddPlan(comm::DispatchPlan plan);
   absl::Status Time(int iterations, CaseRun* run);
+  LayerBytes SentBytes() const;
   absl::Status Exchange(int layer, bool fresh_outputs, CaseRun* run);
   absl::Status ExchangeByNode(int layer, bool fresh_outputs, CaseRun* run);
   experts::GateChoice ChoiceOf(int layer) const;

@@ -68,7 +68,8 @@ void AddTraffic(const Json& told, size_t rank, const std::vector<int>& nodes, Ca
   }
 }
 
-// The busier direction of the busiest link: a node's, or a rank's where there is one node.
+// Of one exchange, the busier direction of the busiest link: a node's, or a rank's where there is
+// one node. `sent` is [from][to].
 int64_t BottleneckBytes(const std::vector<std::vector<int64_t>>& sent, std::vector<int> nodes) {
   const bool one_node =
       std::count(nodes.begin(), nodes.end(), nodes[0]) == static_cast<int64_t>(nodes.size());
@@ -86,6 +87,20 @@ int64_t BottleneckBytes(const std::vector<std::vector<int64_t>>& sent, std::vect
   for (const auto& [node, bytes] : out) most = std::max(most, bytes);
   for (const auto& [node, bytes] : in) most = std::max(most, bytes);
   return most;
+}
+
+// Of a round over the layers: each layer's dispatch and combine waits for its own busiest link.
+int64_t BottleneckBytesOfRound(const std::vector<Json>& ranks, const std::vector<int>& nodes,
+                               int num_layers) {
+  int64_t sum = 0;
+  for (int layer = 0; layer < num_layers; ++layer) {
+    for (const char* phase : {"dispatch", "combine"}) {
+      std::vector<std::vector<int64_t>> sent;
+      for (const Json& told : ranks) sent.push_back(told["layer_bytes"][layer][phase]);
+      sum += BottleneckBytes(sent, nodes);
+    }
+  }
+  return sum;
 }
 
 // Bytes of the scales of one row, there and back.
@@ -150,6 +165,10 @@ Json TimesJson(const std::vector<double>& us) {
 std::string RunToText(const CaseRun& run, const comm::Transport& transport) {
   struct rusage usage;
   getrusage(RUSAGE_SELF, &usage);
+  Json layers = Json::array();
+  for (const LayerBytes& bytes : run.layer_bytes) {
+    layers.push_back({{"dispatch", bytes.dispatch}, {"combine", bytes.combine}});
+  }
   const Json json = {{"node", transport.NodeOf(transport.rank())},
                      {"verified", run.verified},
                      {"output_hash", run.output_hash},
@@ -159,6 +178,7 @@ std::string RunToText(const CaseRun& run, const comm::Transport& transport) {
                      {"remote_routes", run.remote_routes},
                      {"dispatch", CountsJson(run, transport, Phase::kDispatch)},
                      {"combine", CountsJson(run, transport, Phase::kCombine)},
+                     {"layer_bytes", layers},
                      {"nic_sent", run.nic.sent_bytes},
                      {"nic_received", run.nic.received_bytes},
                      {"memory", int64_t{usage.ru_maxrss} * 1024}};
@@ -198,7 +218,8 @@ absl::StatusOr<CaseResult> CombineRuns(const std::vector<std::string>& texts, co
   for (const char* phase : {"dispatch", "combine"}) {
     result.inter_node_bytes += result.phases[phase]["inter_node"]["message_bytes"].get<int64_t>();
   }
-  result.bottleneck_bytes = BottleneckBytes(result.sent_bytes, nodes);
+  result.bottleneck_bytes =
+      static_cast<double>(BottleneckBytesOfRound(ranks, nodes, num_layers)) / tokens;
   return result;
 }
 
@@ -259,39 +280,38 @@ Json FactorsJson(const std::vector<CaseResult>& results, int64_t tokens) {
 Json CaseToJson(const CaseResult& result, int64_t hidden, const std::vector<Json>& ladders) {
   const std::optional<double> quality = QualityChange(ladders, result.wire);
   const double floor = FloorBytes(result, hidden);
-  return {
-      {"wire", result.wire.Name()},
-      {"dispatch_format", std::string(comm::RowFormatName(result.wire.dispatch))},
-      {"combine_format", std::string(comm::RowFormatName(result.wire.combine))},
-      {"rows", RowSetName(result.wire.rows)},
-      {"presum", result.wire.presum},
-      {"hierarchical", result.wire.hierarchical},
-      {"alltoallv", result.wire.all_to_all},
-      {"placement", result.wire.placement},
-      {"tokens_per_rank", result.tokens_per_rank},
-      {"iterations", result.iterations},
-      {"verified", result.verified},
-      {"output_hash", absl::StrFormat("%016x", result.output_hash)},
-      {"per_token_and_layer",
-       {{"payload_bytes", result.PayloadBytes()},
-        {"message_bytes", result.MessageBytes()},
-        {"inter_node_bytes", result.InterNodeBytes()},
-        {"nic_bytes", result.NicBytes()},
-        {"floor_bytes", floor},
-        {"remote_ranks", result.remote_ranks},
-        {"bottleneck_link_bytes", result.PerToken(static_cast<double>(result.bottleneck_bytes))}}},
-      {"efficiency", result.MessageBytes() > 0 ? floor / result.MessageBytes() : 1.0},
-      {"traffic", result.phases},
-      {"sent_bytes", result.sent_bytes},
-      {"received_bytes", result.received_bytes},
-      {"nic",
-       {{"sent_bytes", result.nic_sent_bytes}, {"received_bytes", result.nic_received_bytes}}},
-      {"time_us",
-       {{"dispatch", TimesJson(result.dispatch_us)},
-        {"combine", TimesJson(result.combine_us)},
-        {"total", TimesJson(result.total_us)}}},
-      {"quality_change_percent", quality ? Json(*quality) : Json()},
-      {"peak_memory_bytes", result.peak_memory_bytes}};
+  return {{"wire", result.wire.Name()},
+          {"dispatch_format", std::string(comm::RowFormatName(result.wire.dispatch))},
+          {"combine_format", std::string(comm::RowFormatName(result.wire.combine))},
+          {"rows", RowSetName(result.wire.rows)},
+          {"presum", result.wire.presum},
+          {"hierarchical", result.wire.hierarchical},
+          {"alltoallv", result.wire.all_to_all},
+          {"placement", result.wire.placement},
+          {"tokens_per_rank", result.tokens_per_rank},
+          {"iterations", result.iterations},
+          {"verified", result.verified},
+          {"output_hash", absl::StrFormat("%016x", result.output_hash)},
+          {"per_token_and_layer",
+           {{"payload_bytes", result.PayloadBytes()},
+            {"message_bytes", result.MessageBytes()},
+            {"inter_node_bytes", result.InterNodeBytes()},
+            {"nic_bytes", result.NicBytes()},
+            {"floor_bytes", floor},
+            {"remote_ranks", result.remote_ranks},
+            {"bottleneck_link_bytes", result.bottleneck_bytes}}},
+          {"efficiency", result.MessageBytes() > 0 ? floor / result.MessageBytes() : 1.0},
+          {"traffic", result.phases},
+          {"sent_bytes", result.sent_bytes},
+          {"received_bytes", result.received_bytes},
+          {"nic",
+           {{"sent_bytes", result.nic_sent_bytes}, {"received_bytes", result.nic_received_bytes}}},
+          {"time_us",
+           {{"dispatch", TimesJson(result.dispatch_us)},
+            {"combine", TimesJson(result.combine_us)},
+            {"total", TimesJson(result.total_us)}}},
+          {"quality_change_percent", quality ? Json(*quality) : Json()},
+          {"peak_memory_bytes", result.peak_memory_bytes}};
 }
 
 }  // namespace ternion::launcher

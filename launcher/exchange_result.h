@@ -26,11 +26,13 @@ struct CaseResult {
   std::vector<std::vector<int64_t>> sent_bytes;           // [from][to] message bytes
   std::vector<std::vector<int64_t>> received_bytes;       // [at][from]
   int64_t inter_node_bytes = 0;
-  int64_t bottleneck_bytes = 0;  // of the busiest node's (or, on one node, rank's) busier direction
   int64_t nic_sent_bytes = 0, nic_received_bytes = 0;
   std::vector<int64_t> peak_memory_bytes;  // by rank, so far
   double remote_ranks = 0;                 // m: other ranks that hold experts of a token
   double remote_routes = 0;                // experts of a token on other ranks
+  // Per token and layer: of each layer's dispatch and each combine, what crosses the link of the
+  // busiest node (on one node, rank) in its busier direction.
+  double bottleneck_bytes = 0;
 
   // Per token and layer.
   double PerToken(double bytes) const {

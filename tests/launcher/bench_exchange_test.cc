@@ -60,6 +60,11 @@ TEST_F(BenchExchange, EveryWireIsRightAndCounted) {
   for (const Json& result : report["cases"]) {
     EXPECT_TRUE(result["verified"].get<bool>()) << result["wire"];
     EXPECT_GE(result["iterations"].get<int>(), 1);
+    // At least a third of what three ranks send goes over the busiest link.
+    const double bytes = result["per_token_and_layer"]["message_bytes"];
+    const double busiest = result["per_token_and_layer"]["bottleneck_link_bytes"];
+    EXPECT_GE(busiest, bytes / 3 - 1e-6) << result["wire"];
+    EXPECT_LT(busiest, bytes / 2) << result["wire"];
   }
   std::map<std::string, double> bytes;  // the last table's
   for (const Json& result : report["cases"]) {
