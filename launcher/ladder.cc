@@ -32,7 +32,8 @@ struct Rung {
 };
 
 // The exact wire first: the reference. Then the other dispatches, with its combine; then each
-// combine with each KV cache, at the model's own dispatch. Where no row travels only caches differ.
+// combine with each KV cache, at the model's own dispatch; then bf16 both ways, which others are
+// measured against. Where no row travels only caches differ.
 std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, bool rows_travel) {
   const RowFormat formats[] = {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kInt8,
                                RowFormat::kInt4};
@@ -58,6 +59,7 @@ std::vector<Rung> MakeRungs(const runtime::ModelConfig& config, bool rows_travel
   for (KvFormat kv : caches) {
     for (RowFormat combine : formats) add({own_dispatch, combine}, kv);
   }
+  add({RowFormat::kBf16, RowFormat::kBf16}, own_kv);
   return rungs;
 }
 
