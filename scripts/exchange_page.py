@@ -47,6 +47,11 @@ def p50_ms(case: dict) -> float:
     return case["time_us"]["total"]["p50"] * 1e-3
 
 
+def kilobytes_per_message(case: dict) -> float:
+    phases = [case["traffic"][phase] for phase in ("dispatch", "combine")]
+    return sum(p["message_bytes"] for p in phases) / sum(p["messages"] for p in phases) / 1e3
+
+
 def markdown(header: list, lines: list) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
@@ -80,7 +85,7 @@ def wire_table(tokens: int = 128) -> str:
     return markdown(header + ["sums right"], lines)
 
 
-def ladder_table() -> str:
+def shape_ladder_table() -> str:
     lines = []
     for rate, links in (("1gbit", "1 Gbit/s"), ("none", "unshaped")):
         report = read(f"deepseek-v3-{rate}")
@@ -91,14 +96,32 @@ def ladder_table() -> str:
             line.append(f"{p50_ms(case_of(report, 'int4/int4, alltoallv', tokens)):.1f}")
             each = case_of(report, "int4/int4", tokens)
             bytes_each = each["per_token_and_layer"]
-            messages = sum(each["traffic"][p]["messages"] for p in ("dispatch", "combine"))
-            total = sum(each["traffic"][p]["message_bytes"] for p in ("dispatch", "combine"))
-            line.append(f"{total / messages / 1e3:.1f}")
+            line.append(f"{kilobytes_per_message(each):.1f}")
             line.append(f"{bytes_each['nic_bytes'] / bytes_each['inter_node_bytes']:.3f}")
             lines.append(line)
     header = ["links", "tokens per rank", "int4/int4", "int8/bf16", "bf16/bf16"]
     header += ["bf16/bf16, no dedup", "int4/int4 by alltoallv", "kB per message", "NIC/message"]
     return markdown(header, lines)
+
+
+def ladder_table(gigabits: float = 1) -> str:
+    report = read("qwen3-30b-a3b-1gbit")
+    wires = ("int4/int4", "int8/bf16", "bf16/bf16", "bf16/bf16, no dedup", "int4/int4, alltoallv")
+    lines = []
+    for tokens in sorted({case["tokens_per_rank"] for case in report["cases"]}):
+        times = [p50_ms(case_of(report, wire, tokens)) for wire in wires]
+        case = case_of(report, "int4/int4", tokens)
+        # Of a layer, of all hosts: what the busiest link needs at the rate, over what it took.
+        busiest = case["per_token_and_layer"]["bottleneck_link_bytes"] * tokens * report["ranks"]
+        lines.append(
+            [tokens, *(f"{time:.2f}" for time in times), f"{times[2] / times[0]:.2f}x"]
+            + [
+                f"{kilobytes_per_message(case):.1f}",
+                f"{busiest * 8e-6 / gigabits / times[0] * 100:.0f} %",
+            ]
+        )
+    header = ["tokens per rank", *wires[:-1], "int4/int4 by alltoallv", "bf16/bf16 over int4/int4"]
+    return markdown(header + ["kB per message", "of the rate"], lines)
 
 
 def factor_table(tokens: int = 128) -> str:
@@ -172,11 +195,12 @@ def decode_table() -> str:
 def tables() -> str:
     about = read("decode")["machine"]
     shaped, unshaped = read("deepseek-v3-1gbit"), read("deepseek-v3-none")
+    ladder = read("qwen3-30b-a3b-1gbit")
     cases = shaped["cases"] + unshaped["cases"]
     memory = max(max(case["peak_memory_bytes"]) for case in cases) / 1e6
     tokens = max(case["tokens_per_rank"] for case in cases)
     # With --only, parts may have been measured at different commits.
-    commits = {report["commit"] for report in (shaped, unshaped, *map(read, TRACES))}
+    commits = {report["commit"] for report in (shaped, unshaped, ladder, *map(read, TRACES))}
     others = sorted(commit for commit in commits if not commit.startswith(about["commit"]))
     return "\n".join(
         [
@@ -186,6 +210,8 @@ def tables() -> str:
             wire_table(),
             f"16 ranks, four per host; the largest held {memory:.0f} MB at up to {tokens} tokens.\n",
             "### Tokens per rank: ms for one layer, dispatch and combine\n",
+            shape_ladder_table(),
+            "### Qwen3-30B-A3B's shape, one rank per host, 1 Gbit/s: ms for one layer\n",
             ladder_table(),
             "### One switch each, 128 tokens per rank\n",
             factor_table(),

@@ -3,7 +3,7 @@
 
     make build && sudo /usr/bin/python3 scripts/exchange_report.py
 
-Takes about three quarters of an hour on two cores. Each part's JSON is kept as soon as it is measured;
+Takes about an hour on two cores. Each part's JSON is kept as soon as it is measured;
 at the end exchange_page.py writes the tables and the picture anew from all that is there. Needs what
 cluster/virtual/cluster needs (root, iproute2), and Debian's python3-matplotlib.
 """
@@ -31,6 +31,7 @@ os.environ["TERNION_CLUSTER"] = "exchange-report"
 
 RANKS = 16  # of the report; four per host
 TOKENS = {"1gbit": [1, 8, 32, 128], "none": [1, 8, 32, 128, 256]}  # by rate, per rank
+LADDER = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]  # of a smaller shape, one rank per host
 
 # The model whose decode is timed, one rank per host. Random weights: speed does not depend on them.
 # Real models have dozens of layers; with eight, what nothing hides in a step with two micro-batches
@@ -129,6 +130,17 @@ def measure_shape(directory: Path) -> None:
         keep(matrix)
 
 
+def measure_ladder(directory: Path) -> None:
+    """From one token to a prefill's, at the shape of Qwen3-30B-A3B."""
+    run(CLUSTER, "rate", "1gbit")
+    out = directory / "exchange-qwen3-30b-a3b-1gbit.json"
+    across_hosts(
+        4, "bench", "exchange", "--shape", "qwen3-30b-a3b", "--tokens", ",".join(map(str, LADDER)),
+        "--seconds", 0.5, "--json", out,
+    )  # fmt: skip
+    keep(out)
+
+
 def measure_trace(directory: Path) -> None:
     """The routing of a bundled model, whose placements have something to save."""
     trace = directory / "tiny-a48.trace"
@@ -205,7 +217,12 @@ def machine() -> dict:
     }
 
 
-PARTS = {"decode": measure_decodes, "trace": measure_trace, "shape": measure_shape}
+PARTS = {
+    "decode": measure_decodes,
+    "trace": measure_trace,
+    "ladder": measure_ladder,
+    "shape": measure_shape,
+}
 
 
 def on_signals(action: object) -> None:
