@@ -364,6 +364,8 @@ absl::Status ExchangeCase::Time(int iterations, CaseRun* run) {
   TERNION_RETURN_IF_ERROR(
       comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));  // all arrived
   const NicCount after = CountNic(setup_.interfaces);
+  // Nobody sends on before all nodes have counted.
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world_.transport(), absl::OkStatus()));
   run->nic = {after.sent_bytes - before.sent_bytes, after.received_bytes - before.received_bytes};
   return absl::OkStatus();
 }
