@@ -1,4 +1,4 @@
-// Owned, aligned, zero-filled host memory.
+// Owned, aligned, zero-filled memory.
 #pragma once
 
 #include <cstddef>
@@ -7,15 +7,15 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/memory.h"
+
 namespace ternion::base {
 
-// `bytes` of zeroed memory from anonymous pages: 64-byte aligned, 2 MiB aligned and advised to be
-// huge pages when it is that large (plain pages cost a streaming kernel up to half of its speed).
-// Move-only. Running out of memory is std::bad_alloc.
+// `bytes` of zeroed memory, 64-byte aligned. Move-only. Running out of memory is std::bad_alloc.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes);
+  explicit Buffer(size_t bytes, Memory& memory = HostMemory());
   ~Buffer();
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept;
@@ -26,20 +26,24 @@ class Buffer {
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
 
+  // Moves what lies on the host into `memory`; nothing happens if that is the host's own.
+  void MoveTo(Memory& memory);
+
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
-  size_t mapped_bytes_ = 0;  // 0: from the heap
+  Memory* memory_ = nullptr;
 };
 
-// A Buffer of `count` Ts.
+// A Buffer of `count` Ts. The host indexes it only where it reaches the memory.
 template <typename T>
 class Array {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
   Array() = default;
-  explicit Array(size_t count) : buffer_(count * sizeof(T)), count_(count) {}
+  explicit Array(size_t count, Memory& memory = HostMemory())
+      : buffer_(count * sizeof(T), memory), count_(count) {}
 
   T* data() { return reinterpret_cast<T*>(buffer_.data()); }
   const T* data() const { return reinterpret_cast<const T*>(buffer_.data()); }
@@ -49,12 +53,11 @@ class Array {
   std::span<T> span() { return {data(), count_}; }
   std::span<const T> span() const { return {data(), count_}; }
 
+  void MoveTo(Memory& memory) { buffer_.MoveTo(memory); }
+
  private:
   Buffer buffer_;
   size_t count_ = 0;
 };
-
-// Bytes of memory that this machine has; 0 if it does not tell.
-int64_t MemoryBytes();
 
 }  // namespace ternion::base

@@ -1,10 +1,11 @@
 # Warnings and sanitizers for our own targets, and the one way to declare a folder's library.
 
 function(ternion_target_options target)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Werror)
   # A product and a sum are never contracted into an FMA behind our back: float results must not
-  # depend on which instruction set a file was compiled for.
-  target_compile_options(${target} PRIVATE -ffp-contract=off)
+  # depend on which instruction set, or which device, a file was compiled for.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Werror -ffp-contract=off>
+    "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr>")
   if(TERNION_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${TERNION_SANITIZE} -fno-omit-frame-pointer
                                              -fno-sanitize-recover=all)

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <span>
 
+#include "base/memory.h"
 #include "base/thread_pool.h"
 #include "kernels/activations.h"
 #include "kernels/kv_page.h"
@@ -23,10 +24,17 @@
 
 namespace ternion::kernels {
 
-// Where an op runs: the rank's threads on a CPU, a stream on a GPU.
+// Where an op runs, and where the memory lies that it works on.
+//
+// On a GPU an op is done some time after the call; ops are done in the order of the calls. Before
+// the host reads what an op writes, or writes what one reads, it waits (Kernels::wait).
 struct Executor {
-  base::ThreadPool* threads = nullptr;
-  void* stream = nullptr;  // cudaStream_t
+  base::ThreadPool* threads = nullptr;  // of the rank; on a CPU they run the ops
+  void* stream = nullptr;               // cudaStream_t
+  // All pointers in args lie in one of these, and so do the pointers in what they point at. On a
+  // CPU both are the host's.
+  base::Memory* memory = &base::HostMemory();   // weights, activations, the KV cache
+  base::Memory* staging = &base::HostMemory();  // the host reaches it, too: ids, tables, messages
 };
 
 // A bf16 or fp32 matrix that stays dense: embedding, head, gate. A view of mapped or owned memory.
@@ -272,6 +280,9 @@ struct AddRowsArgs {
 
 struct Kernels {
   const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
+  // Returns when all ops called so far are done. Null, or what went wrong with one of them (a device
+  // fails for good).
+  const char* (*wait)(Executor&) = nullptr;
   void (*rms_norm)(const RmsNormArgs&, Executor&) = nullptr;
   void (*quantize)(const QuantizeArgs&, Executor&) = nullptr;
   void (*ternary_matmul)(const TernaryMatmulArgs&, Executor&) = nullptr;

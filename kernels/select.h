@@ -16,7 +16,8 @@ std::span<const char* const> AvailableIsas();
 // it.
 const Kernels* SelectCpuKernels(const std::string& isa);
 
-// The CUDA table, or null with `*why` set ("built without CUDA", "no device found").
-const Kernels* SelectCudaKernels(std::string* why);
+// The CUDA table, and the executor's stream and memories on the `device`-th of this machine's GPUs
+// (counted round). Null with `*why` set ("this build has no CUDA kernels", "no device found").
+const Kernels* SelectCudaKernels(int device, Executor& executor, std::string* why);
 
 }  // namespace ternion::kernels

@@ -70,10 +70,10 @@ struct TernaryMatrix {
   int64_t columns = 0;             // inputs
   TernaryLayout layout = TernaryLayout::kPanels;
 
-  int64_t num_panels() const { return base::CeilDiv(rows, kPanelRows); }
-  int64_t num_blocks() const { return base::CeilDiv(columns, kBlockColumns); }  // in a panel
-  int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
-  int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
+  constexpr int64_t num_panels() const { return base::CeilDiv(rows, kPanelRows); }
+  constexpr int64_t num_blocks() const { return base::CeilDiv(columns, kBlockColumns); }  // in a panel
+  constexpr int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
+  constexpr int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
 
   // First byte of the granule that holds the code of (row, column), and that code's place in it.
   int64_t GranuleOffset(int64_t row, int64_t column) const {

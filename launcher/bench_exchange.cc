@@ -183,7 +183,7 @@ absl::Status Report::ResolveTrace() {
 absl::Status Report::GatherHosts() {
   const Json own = {{"host", HostName()},
                     {"machine", MachineName()},
-                    {"memory", base::MemoryBytes()},
+                    {"memory", base::HostMemory().capacity_bytes()},
                     {"interfaces", interfaces_}};
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
                            comm::Gather(world_.transport(), own.dump()));

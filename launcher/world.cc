@@ -14,10 +14,17 @@
 namespace ternion::launcher {
 namespace {
 
-absl::StatusOr<const kernels::Kernels*> ChooseKernels(const std::string& device) {
+// Sets the executor up for what it returns.
+absl::StatusOr<const kernels::Kernels*> ChooseKernels(const std::string& device,
+                                                      const comm::Transport& transport,
+                                                      kernels::Executor& executor) {
   if (device != "cuda") return ChooseCpuKernels();
+  int place = 0;  // among the ranks of this node
+  for (int rank = 0; rank < base::Index(transport.rank()); ++rank) {
+    place += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
+  }
   std::string why;
-  const kernels::Kernels* table = kernels::SelectCudaKernels(&why);
+  const kernels::Kernels* table = kernels::SelectCudaKernels(place, executor, &why);
   if (table == nullptr) return absl::FailedPreconditionError("--device cuda: " + why);
   return table;
 }
@@ -84,10 +91,11 @@ absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options
 
 absl::StatusOr<std::unique_ptr<World>> World::CreateOn(comm::Transport* transport,
                                                        const WorldOptions& options) {
-  absl::StatusOr<const kernels::Kernels*> kernels = ChooseKernels(options.device);
+  std::unique_ptr<World> world(new World);
+  absl::StatusOr<const kernels::Kernels*> kernels =
+      ChooseKernels(options.device, *transport, world->executor_);
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, kernels.status()));
   TERNION_ASSIGN_OR_RETURN(std::vector<int> cpus, ShareOfCpus(*transport));
-  std::unique_ptr<World> world(new World);
   world->transport_ = transport;
   world->kernels_ = *kernels;
   const int threads = options.threads > 0 ? options.threads : std::max<int>(1, cpus.size());

@@ -64,12 +64,12 @@ int64_t DefaultKvTokens(const KvShape& shape, const comm::Transport& transport) 
   for (int rank = 0; rank < transport.size(); ++rank) {
     ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
   }
-  const int64_t tokens = base::MemoryBytes() / 4 / ranks_here / shape.bytes_per_token();
+  const int64_t tokens = base::HostMemory().capacity_bytes() / 4 / ranks_here / shape.bytes_per_token();
   return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
 }
 
 absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape) {
-  const int64_t most = base::MemoryBytes() / shape.bytes_per_token();
+  const int64_t most = base::HostMemory().capacity_bytes() / shape.bytes_per_token();
   if (tokens <= most) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("a KV cache of ", tokens, " tokens: this machine's memory holds ", most));

@@ -9,10 +9,13 @@ namespace {
 
 constexpr int kNumVariants = 4;
 
+const char* NothingToWaitFor(Executor&) { return nullptr; }
+
 Kernels Table(const char* name, const Kernels& float_ops,
               void (*ternary_matmul)(const TernaryMatmulArgs&, Executor&)) {
   Kernels table = float_ops;
   table.name = name;
+  table.wait = NothingToWaitFor;
   table.ternary_matmul = ternary_matmul;
   return table;
 }

@@ -3,7 +3,7 @@
 
 namespace ternion::kernels {
 
-const Kernels* SelectCudaKernels(std::string* why) {
+const Kernels* SelectCudaKernels(int, Executor&, std::string* why) {
   *why = "this build has no CUDA kernels";
   return nullptr;
 }

@@ -9,6 +9,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/select.h"
+#include "tests/kernels/cuda_variant.h"
 
 namespace ternion::kernels {
 
@@ -74,6 +75,11 @@ auto OnEveryVariant(F op) {
       Executor executor = {&Threads(threads)};
       ExpectSameBits(op(*SelectCpuKernels(isa), executor), expected);
     }
+  }
+  Executor of_device;
+  if (const Kernels* cuda = CudaVariant(of_device)) {
+    SCOPED_TRACE("CUDA");
+    ExpectSameBits(op(*cuda, of_device), expected);
   }
   return expected;
 }

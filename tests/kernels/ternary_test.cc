@@ -15,6 +15,7 @@
 #include "kernels/cpu/limits.h"
 #include "kernels/kernels.h"
 #include "kernels/select.h"
+#include "tests/kernels/cuda_variant.h"
 
 namespace ternion::kernels {
 namespace {
@@ -204,19 +205,24 @@ struct Group {
   }
 };
 
-std::vector<std::vector<float>> Product(const char* isa, const QuantizedRows& x,
-                                        std::vector<Group>& groups, int num_threads) {
-  base::ThreadPool threads(num_threads);
-  Executor executor{.threads = &threads};
+std::vector<std::vector<float>> Product(const Kernels& kernels, Executor& executor,
+                                        const QuantizedRows& x, std::vector<Group>& groups) {
   std::vector<TernaryGroup> views;
   for (Group& group : groups) {
     std::fill(group.y.begin(), group.y.end(), Group::kGuard);
     views.push_back(group.group);
   }
-  SelectCpuKernels(isa)->ternary_matmul({x, views}, executor);
+  kernels.ternary_matmul({x, views}, executor);
   std::vector<std::vector<float>> results;
   for (const Group& group : groups) results.push_back(group.y);
   return results;
+}
+
+std::vector<std::vector<float>> Product(const char* isa, const QuantizedRows& x,
+                                        std::vector<Group>& groups, int num_threads) {
+  base::ThreadPool threads(num_threads);
+  Executor executor{.threads = &threads};
+  return Product(*SelectCpuKernels(isa), executor, x, groups);
 }
 
 // All variants and numbers of threads give what the scalar variant gives on one thread, bit for
@@ -232,6 +238,13 @@ void ExpectAllEqual(const QuantizedRows& x, std::vector<Group>& groups, const st
       }
     }
   }
+  const bool panels = std::all_of(groups.begin(), groups.end(), [](const Group& group) {
+    return group.matrix.view.layout == TernaryLayout::kPanels;
+  });
+  Executor of_device;
+  const Kernels* cuda = panels ? CudaVariant(of_device) : nullptr;
+  if (cuda == nullptr) return;
+  ASSERT_EQ(Product(*cuda, of_device, x, groups), expected) << "CUDA: " << what;
 }
 
 // The scalar variant against the definition.
@@ -304,8 +317,9 @@ TEST(Matmul, VariantsAgreeOnGroups) {
       const int64_t begin = static_cast<int64_t>(rng() % (num_rows - count + 1));
       const int64_t rows = 1 + static_cast<int64_t>(rng() % 100);
       groups.emplace_back(
-          Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f, kLayouts[g / 3]), begin,
-          count);
+          Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f,
+               trial % 2 == 0 ? kLayouts[g / 3] : TernaryLayout::kPanels),
+          begin, count);
     }
     ExpectAllEqual(x.view, groups, "trial " + std::to_string(trial));
   }

@@ -1,0 +1,29 @@
+// Where memory lies: on the host, on a device, or on the host where a device reaches it too.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ternion::base {
+
+// Outlives what it has allocated. Thread-safe.
+class Memory {
+ public:
+  virtual ~Memory() = default;
+
+  // `bytes` > 0, zeroed and 64-byte aligned. Running out is std::bad_alloc.
+  virtual uint8_t* Allocate(size_t bytes) = 0;
+  virtual void Free(uint8_t* data, size_t bytes) = 0;
+
+  // From the host to `to` in this memory. Returns when the bytes are there.
+  virtual void Write(const void* from, size_t bytes, void* to) = 0;
+
+  // How much there is, in use or not; 0 if it does not tell.
+  virtual int64_t capacity_bytes() const = 0;
+};
+
+// Anonymous pages; 2 MiB aligned and advised to be huge pages from that size on (plain pages cost a
+// streaming kernel up to half of its speed).
+Memory& HostMemory();
+
+}  // namespace ternion::base

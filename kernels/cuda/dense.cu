@@ -1,0 +1,143 @@
+// Products with dense matrices (the head and the gate), and the gate's choice.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/variants.h"
+
+namespace ternion::kernels {
+namespace {
+
+// ---- CUDA kernels
+
+// Four threads share an output: thread q adds lanes 4 q .. 4 q + 3. A warp has eight outputs.
+constexpr int kLanesOfThread = 4;
+constexpr int kThreadsOfOutput = kLanes / kLanesOfThread;
+constexpr int kDenseThreads = 128;
+constexpr int kOutputsOfBlock = kDenseThreads / kThreadsOfOutput;
+constexpr int kDenseRows = 8;  // rows of x that pass over weights in registers
+
+__device__ inline float WeightAt(const float* weights, int64_t i) { return weights[i]; }
+__device__ inline float WeightAt(const uint16_t* weights, int64_t i) {
+  return FromBf16(weights[i]);
+}
+
+// R rows of x from `first` on.
+template <int R, typename W>
+__device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64_t output) {
+  const int quarter = threadIdx.x % kThreadsOfOutput;
+  const int64_t columns = args.weights.columns;
+  const bool inside = output < args.weights.rows;
+  const W* weights = static_cast<const W*>(args.weights.data) + (inside ? output : 0) * columns;
+  const float* x = args.x + first * args.x_stride;
+  float sums[R][kLanesOfThread] = {};
+  int64_t i = quarter * kLanesOfThread;
+  for (; i + kLanesOfThread <= columns; i += kLanes) {
+    float w[kLanesOfThread];
+#pragma unroll
+    for (int l = 0; l < kLanesOfThread; ++l) w[l] = WeightAt(weights, i + l);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int l = 0; l < kLanesOfThread; ++l) {
+        sums[r][l] = sums[r][l] + x[r * args.x_stride + i + l] * w[l];
+      }
+    }
+  }
+#pragma unroll
+  for (int l = 0; l < kLanesOfThread; ++l) {  // of the last lanes
+    if (i + l >= columns) continue;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      sums[r][l] = sums[r][l] + x[r * args.x_stride + i + l] * WeightAt(weights, i + l);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    // Lanes l and l + 8 are two threads apart, l and l + 4 one; the rest are this thread's.
+    float (&sum)[kLanesOfThread] = sums[r];
+#pragma unroll
+    for (int l = 0; l < kLanesOfThread; ++l) {
+      sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 2);
+      sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 1);
+    }
+    const float total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    if (inside && quarter == 0) args.y[(first + r) * args.y_stride + output] = total;
+  }
+}
+
+template <typename W>
+__global__ void __launch_bounds__(kDenseThreads) DenseMatmulKernel(DenseMatmulArgs args) {
+  const int64_t output =
+      int64_t{blockIdx.x} * kOutputsOfBlock + threadIdx.x / kThreadsOfOutput;
+  const int64_t first = int64_t{blockIdx.y} * kDenseRows;
+  const int64_t end = first + kDenseRows < args.num_rows ? first + kDenseRows : args.num_rows;
+  if (end - first == kDenseRows) return DotRows<kDenseRows, W>(args, first, output);
+  for (int64_t row = first; row < end; ++row) DotRows<1, W>(args, row, output);
+}
+
+// Largest value, of equal ones the lowest index; index n is none.
+struct Candidate {
+  float value;
+  int index;
+};
+__device__ inline bool Before(const Candidate& a, const Candidate& b, int n) {
+  if (a.index == n || b.index == n) return b.index == n && a.index != n;
+  return a.value > b.value || (!(b.value > a.value) && a.index < b.index);
+}
+
+// A block (one warp) per row. The j-th choice is the first behind the one before it; where a logit
+// is NaN all probabilities are, and the order is that of the indices.
+__global__ void GateTopKKernel(GateTopKArgs args) {
+  const int64_t row = blockIdx.x;
+  const int n = args.num_experts;
+  const float* logits = args.logits + row * n;
+  float top = -Infinity();
+  ForEach(n, [&](int64_t i) { top = Max(logits[i], top); });
+  top = BlockReduce(top, [](float a, float b) { return Max(a, b); });
+  const float total = LaneSum(n, [&](int64_t i) { return Exp(logits[i] - top); });
+  int32_t* ids = args.ids + row * args.k;
+  float* weights = args.weights + row * args.k;
+  Candidate last = {0, n};
+  for (int j = 0; j < args.k; ++j) {
+    Candidate best = {0, n};
+    ForEach(n, [&](int64_t i) {
+      const Candidate other = {Exp(logits[i] - top) / total, static_cast<int>(i)};
+      if ((j == 0 || Before(last, other, n)) && Before(other, best, n)) best = other;
+    });
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      const Candidate other = {__shfl_xor_sync(kFullWarp, best.value, distance),
+                               __shfl_xor_sync(kFullWarp, best.index, distance)};
+      if (Before(other, best, n)) best = other;
+    }
+    last = best;
+    if (threadIdx.x == 0) {
+      ids[j] = best.index;
+      weights[j] = best.value;
+    }
+  }
+  __syncthreads();
+  if (!args.renormalize) return;
+  const float sum = LaneSum(args.k, [&](int64_t i) { return weights[i]; });
+  ForEach(args.k, [&](int64_t i) { weights[i] = weights[i] / sum; });
+}
+
+}  // namespace
+
+// ---- Launchers
+
+namespace cuda {
+
+void DenseMatmul(const DenseMatmulArgs& args, Executor& executor) {
+  const dim3 grid(Blocks(base::CeilDiv(args.weights.rows, kOutputsOfBlock)),
+                  Blocks(base::CeilDiv(args.num_rows, kDenseRows)));
+  if (args.weights.type == DenseType::kBf16) {
+    Launch(DenseMatmulKernel<uint16_t>, grid, kDenseThreads, executor, args);
+  } else {
+    Launch(DenseMatmulKernel<float>, grid, kDenseThreads, executor, args);
+  }
+}
+
+void GateTopK(const GateTopKArgs& args, Executor& executor) {
+  Launch(GateTopKKernel, Blocks(args.num_rows), kWarp, executor, args);
+}
+
+}  // namespace cuda
+}  // namespace ternion::kernels

@@ -1,0 +1,122 @@
+// The CUDA table, and the memories of a device.
+#include "kernels/select.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels/cuda/variants.h"
+
+namespace ternion::kernels {
+namespace {
+
+const char* ErrorOf(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Memory of one device.
+class DeviceMemory : public base::Memory {
+ public:
+  DeviceMemory(int device, size_t bytes) : device_(device), capacity_bytes_(bytes) {}
+
+  uint8_t* Allocate(size_t bytes) override {
+    void* data = nullptr;
+    // Threads that load weights have not chosen a device yet.
+    if (cudaSetDevice(device_) != cudaSuccess || cudaMalloc(&data, bytes) != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      throw std::bad_alloc();
+    }
+    cudaMemset(data, 0, bytes);
+    cudaDeviceSynchronize();  // streams of ours do not wait for it
+    return static_cast<uint8_t*>(data);
+  }
+  void Free(uint8_t* data, size_t) override { cudaFree(data); }
+  void Write(const void* from, size_t bytes, void* to) override {
+    cudaSetDevice(device_);
+    cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
+    cudaDeviceSynchronize();  // the copy may return while the last bytes are on their way
+  }
+  int64_t capacity_bytes() const override { return static_cast<int64_t>(capacity_bytes_); }
+
+ private:
+  const int device_;
+  const size_t capacity_bytes_;
+};
+
+// Memory of the host that devices read and write, too, over the bus.
+class StagingMemory : public base::Memory {
+ public:
+  uint8_t* Allocate(size_t bytes) override {
+    void* data = nullptr;
+    if (cudaHostAlloc(&data, bytes, cudaHostAllocDefault) != cudaSuccess) {
+      cudaGetLastError();
+      throw std::bad_alloc();
+    }
+    std::memset(data, 0, bytes);
+    return static_cast<uint8_t*>(data);
+  }
+  void Free(uint8_t* data, size_t) override { cudaFreeHost(data); }
+  void Write(const void* from, size_t bytes, void* to) override { std::memcpy(to, from, bytes); }
+  int64_t capacity_bytes() const override { return base::HostMemory().capacity_bytes(); }
+};
+
+const char* Wait(Executor& executor) {
+  return ErrorOf(cudaStreamSynchronize(static_cast<cudaStream_t>(executor.stream)));
+}
+
+constexpr Kernels kTable = {
+    .name = "cuda",
+    .wait = Wait,
+    .rms_norm = cuda::RmsNorm,
+    .quantize = cuda::Quantize,
+    .ternary_matmul = cuda::TernaryMatmul,
+    .dense_matmul = cuda::DenseMatmul,
+    .embed = cuda::Embed,
+    .glu = cuda::Glu,
+    .rope = cuda::Rope,
+    .hadamard = cuda::Hadamard,
+    .kv_store = cuda::KvStore,
+    .attention = cuda::Attention,
+    .gate_top_k = cuda::GateTopK,
+    .gather_rows = cuda::GatherRows,
+    .encode_rows = cuda::EncodeRows,
+    .decode_rows = cuda::DecodeRows,
+    .add_rows = cuda::AddRows,
+    .pack_codes = cuda::PackCodes,
+    .unpack_int4 = cuda::UnpackInt4,
+    .weighted_sum = cuda::WeightedSum,
+};
+
+const Kernels* Refuse(std::string reason, std::string* why) {
+  *why = std::move(reason);
+  return nullptr;
+}
+
+}  // namespace
+
+const Kernels* SelectCudaKernels(int device, Executor& executor, std::string* why) {
+  int count = 0;
+  if (const char* error = ErrorOf(cudaGetDeviceCount(&count))) {
+    return Refuse(std::string("no usable device: ") + error, why);
+  }
+  if (count == 0) return Refuse("no device found", why);
+  const int ordinal = device % count;  // ranks of a node share devices when there are too few
+  cudaDeviceProp properties;
+  cudaStream_t stream;
+  cudaError_t error = cudaSetDevice(ordinal);
+  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, ordinal);
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error != cudaSuccess) {
+    return Refuse("device " + std::to_string(ordinal) + ": " + cudaGetErrorString(error), why);
+  }
+  // As long as the process, like the device itself.
+  executor.stream = stream;
+  executor.memory = new DeviceMemory(ordinal, properties.totalGlobalMem);
+  executor.staging = new StagingMemory;
+  return &kTable;
+}
+
+}  // namespace ternion::kernels

@@ -1,0 +1,155 @@
+// The part of CUDA that kernels/cuda is written in, on a CPU: its sources compile as C++ against
+// this header, and what they launch runs one thread of one block after the other (emulator.h).
+//
+// Names and behaviour are CUDA's (CUDA C++ Programming Guide; CUDA Runtime API). What is not here
+// is not used there.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static thread_local  // blocks run one at a time
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+// ---- What a thread sees
+
+struct uint3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern thread_local uint3 threadIdx, blockIdx;
+extern thread_local dim3 blockDim, gridDim;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace ternion::emulator {
+
+void BlockBarrier();
+void WarpBarrier();
+// Gives `bits` to the warp and returns what `lane` gave.
+uint64_t FromLane(uint64_t bits, int lane);
+int LaneOfThread();
+
+template <typename T>
+T ShuffleFrom(T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = FromLane(bits, lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace ternion::emulator
+
+inline void __syncthreads() { ternion::emulator::BlockBarrier(); }
+inline void __syncwarp(unsigned = ~0u) { ternion::emulator::WarpBarrier(); }
+
+// Of full warps, as everywhere in kernels/cuda.
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return ternion::emulator::ShuffleFrom(value, lane & 31);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return ternion::emulator::ShuffleFrom(value, ternion::emulator::LaneOfThread() ^ mask);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  const int from = ternion::emulator::LaneOfThread() + delta;
+  return ternion::emulator::ShuffleFrom(value, from < 32 ? from : from - delta);
+}
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) {
+    c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  }
+  return c;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// ---- The runtime
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
+enum { cudaHostAllocDefault = 0, cudaStreamNonBlocking = 1 };
+using cudaStream_t = struct ternion_emulated_stream*;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor;
+  int multiProcessorCount;
+  size_t totalGlobalMem;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaMalloc(void** data, size_t bytes);
+cudaError_t cudaFree(void* data);
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void* data);
+cudaError_t cudaMemset(void* data, int value, size_t bytes);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
+
+namespace ternion::emulator {
+
+cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
+// A kernel's argument, byte by byte: whether it holds an address that no device reaches.
+void CheckArgument(const void* argument, size_t bytes);
+
+}  // namespace ternion::emulator
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+  std::apply([](const auto&... v) { (ternion::emulator::CheckArgument(&v, sizeof(v)), ...); },
+             values);
+  return ternion::emulator::Launch(*config, [=] { std::apply(kernel, values); });
+}

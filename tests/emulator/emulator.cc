@@ -1,0 +1,378 @@
+#include "tests/emulator/emulator.h"
+
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+thread_local uint3 threadIdx, blockIdx;
+thread_local dim3 blockDim, gridDim;
+
+namespace ternion::emulator {
+namespace {
+
+[[noreturn]] void Fail(const char* what) {
+  std::fprintf(stderr, "emulated device: %s\n", what);
+  std::abort();
+}
+
+// ---- Threads of a block: fibers that give way at barriers
+
+constexpr int kWarpThreads = 32;
+constexpr size_t kStackBytes = 64 << 10;
+
+extern "C" void ternion_emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl ternion_emulator_switch
+.type ternion_emulator_switch, @function
+ternion_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size ternion_emulator_switch, . - ternion_emulator_switch
+)");
+
+// Waits until all live threads have arrived.
+struct Barrier {
+  int live = 0;
+  int arrived = 0;
+  uint64_t round = 0;
+
+  void Release() {
+    arrived = 0;
+    ++round;
+  }
+  void Leave() {
+    if (--live > 0 && arrived == live) Release();
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t given[2][kWarpThreads] = {};  // by turns: nobody writes what is still being read
+};
+
+struct Fiber {
+  std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
+  void* stack_pointer = nullptr;
+  uint3 index;
+  int number = 0;
+  uint64_t exchanges = 0;
+  const Barrier* waits_for = nullptr;
+  uint64_t round = 0;
+  bool done = false;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  const std::function<void()>* body = nullptr;
+  Fiber* current = nullptr;
+  void* scheduler = nullptr;  // its stack pointer
+};
+
+thread_local Block block;
+
+void Yield() {
+  Fiber& self = *block.current;
+  ternion_emulator_switch(&self.stack_pointer, block.scheduler);
+}
+
+void FiberMain() {
+  Fiber& self = *block.current;
+  (*block.body)();
+  self.done = true;
+  block.warps[self.number / kWarpThreads].barrier.Leave();
+  block.barrier.Leave();
+  Yield();
+  Fail("a thread went on after its end");
+}
+
+void WaitAt(Barrier& barrier) {
+  if (++barrier.arrived == barrier.live) return barrier.Release();
+  Fiber& self = *block.current;
+  self.waits_for = &barrier;
+  self.round = barrier.round;
+  Yield();
+  self.waits_for = nullptr;
+}
+
+void Prepare(Fiber& fiber) {
+  // As if FiberMain's first instruction had just been called: 8 bytes past a multiple of 16.
+  const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
+  void** slots = reinterpret_cast<void**>(top) - 2;
+  slots[0] = reinterpret_cast<void*>(&FiberMain);
+  fiber.stack_pointer = slots - 6;  // registers that the switch restores
+  fiber.exchanges = 0;
+  fiber.waits_for = nullptr;
+  fiber.done = false;
+}
+
+bool CanGoOn(const Fiber& fiber) {
+  return !fiber.done && (fiber.waits_for == nullptr || fiber.waits_for->round != fiber.round);
+}
+
+void RunBlock(int num_threads) {
+  block.fibers.resize(std::max<size_t>(block.fibers.size(), num_threads));
+  block.warps.assign((num_threads + kWarpThreads - 1) / kWarpThreads, Warp());
+  block.barrier = {.live = num_threads};
+  for (int i = 0; i < num_threads; ++i) {
+    Fiber& fiber = block.fibers[i];
+    const unsigned n = i;
+    fiber.number = i;
+    fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
+    ++block.warps[i / kWarpThreads].barrier.live;
+    Prepare(fiber);
+  }
+  for (bool progress = true; block.barrier.live > 0;) {
+    if (!progress) Fail("a barrier that some threads never reach");
+    progress = false;
+    for (int i = 0; i < num_threads; ++i) {
+      Fiber& fiber = block.fibers[i];
+      if (!CanGoOn(fiber)) continue;
+      progress = true;
+      block.current = &fiber;
+      threadIdx = fiber.index;
+      ternion_emulator_switch(&block.scheduler, fiber.stack_pointer);
+    }
+  }
+}
+
+void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
+  gridDim = grid;
+  blockDim = threads;
+  block.body = &body;
+  const int num_threads = static_cast<int>(threads.x * threads.y * threads.z);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, z};
+        RunBlock(num_threads);
+      }
+    }
+  }
+}
+
+// ---- Memory
+
+// Addresses of one kind of memory: pages are added at the end, freed ranges used again.
+class Arena {
+ public:
+  Arena() {
+    base_ = static_cast<uint8_t*>(mmap(nullptr, kReserved, PROT_NONE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (base_ == MAP_FAILED) Fail("no address space");
+  }
+
+  bool Holds(uintptr_t address) const {
+    return address >= reinterpret_cast<uintptr_t>(base_) &&
+           address <= reinterpret_cast<uintptr_t>(base_) + used_;
+  }
+
+  void* Allocate(size_t bytes) {
+    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    for (auto [at, free_size] : free_) {
+      if (free_size != size) continue;
+      free_.erase(at);
+      sizes_[at] = size;
+      return at;
+    }
+    if (used_ + size > kReserved) return nullptr;
+    uint8_t* const data = base_ + used_;
+    used_ += size;
+    sizes_[data] = size;
+    SetAccess(open_);
+    return data;
+  }
+
+  void Free(void* data) {
+    const auto found = sizes_.find(static_cast<uint8_t*>(data));
+    if (found == sizes_.end()) Fail("freed what was not allocated");
+    free_.insert(*found);
+    sizes_.erase(found);
+  }
+
+  void SetAccess(bool open) {
+    open_ = open;
+    if (used_ > 0) mprotect(base_, used_, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+  }
+
+ private:
+  static constexpr size_t kReserved = size_t{16} << 30;
+  static constexpr size_t kPage = 4096;
+  uint8_t* base_ = nullptr;
+  size_t used_ = 0;
+  bool open_ = false;
+  std::map<uint8_t*, size_t> sizes_, free_;
+};
+
+// The one device of this process.
+struct Device {
+  std::recursive_mutex mutex;
+  Arena memory, pinned;
+  std::deque<std::function<void()>> queue;  // of all streams, in the order of submission
+  bool strict = true;
+
+  Device() { pinned.SetAccess(true); }
+
+  void Drain() {
+    if (queue.empty()) return;
+    memory.SetAccess(true);
+    for (; !queue.empty(); queue.pop_front()) queue.front()();
+    if (strict) memory.SetAccess(false);
+  }
+
+  void Submit(std::function<void()> work) {
+    queue.push_back(std::move(work));
+    if (!strict) Drain();
+  }
+};
+
+Device& TheDevice() {
+  static Device* const device = new Device;
+  return *device;
+}
+
+}  // namespace
+
+void BlockBarrier() { WaitAt(block.barrier); }
+void WarpBarrier() { WaitAt(block.warps[block.current->number / kWarpThreads].barrier); }
+int LaneOfThread() { return block.current->number % kWarpThreads; }
+
+uint64_t FromLane(uint64_t bits, int lane) {
+  Fiber& self = *block.current;
+  Warp& warp = block.warps[self.number / kWarpThreads];
+  uint64_t* const given = warp.given[self.exchanges++ % 2];
+  given[self.number % kWarpThreads] = bits;
+  WaitAt(warp.barrier);
+  return given[lane];
+}
+
+cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+  const dim3 grid = config.gridDim, threads = config.blockDim;
+  const uint64_t num_threads = uint64_t{threads.x} * threads.y * threads.z;
+  if (num_threads == 0 || num_threads > 1024 || grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 ||
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+    Fail("a launch of a shape that no device takes");
+  }
+  Device& device = TheDevice();
+  const std::lock_guard lock(device.mutex);
+  device.Submit([=, body = std::move(thread)] { RunGrid(grid, threads, body); });
+  return cudaSuccess;
+}
+
+void CheckArgument(const void* argument, size_t bytes) {
+  Device& device = TheDevice();
+  if (!device.strict) return;
+  for (size_t i = 0; i + sizeof(uintptr_t) <= bytes; i += sizeof(uintptr_t)) {
+    uintptr_t word;
+    std::memcpy(&word, static_cast<const uint8_t*>(argument) + i, sizeof(word));
+    // Where Linux puts programs, heaps, libraries and stacks; sizes and strides are smaller.
+    const bool address = word >= 0x500000000000 && word <= 0x7fffffffffff;
+    if (address && !device.memory.Holds(word) && !device.pinned.Holds(word)) {
+      Fail("a kernel was given an address that the device does not reach");
+    }
+  }
+}
+
+void SetStrict(bool strict) {
+  Device& device = TheDevice();
+  const std::lock_guard lock(device.mutex);
+  device.Drain();
+  device.strict = strict;
+  device.memory.SetAccess(!strict);
+}
+
+namespace {
+
+cudaError_t Allocate(Arena& arena, void** data, size_t bytes) {
+  const std::lock_guard lock(TheDevice().mutex);
+  *data = arena.Allocate(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
+// What is freed may still be in use by what was launched.
+cudaError_t Free(Arena& arena, void* data) {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().Drain();
+  if (data != nullptr) arena.Free(data);
+  return cudaSuccess;
+}
+
+cudaError_t Do(std::function<void()> work, bool wait) {
+  Device& device = TheDevice();
+  const std::lock_guard lock(device.mutex);
+  device.Submit(std::move(work));
+  if (wait) device.Drain();
+  return cudaSuccess;
+}
+
+}  // namespace
+}  // namespace ternion::emulator
+
+using ternion::emulator::TheDevice;
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess                 ? "no error"
+         : error == cudaErrorMemoryAllocation ? "out of memory"
+                                              : "invalid argument";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"emulated device", 9, 0, 4, size_t{4} << 30};
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  return ternion::emulator::Allocate(TheDevice().memory, data, bytes);
+}
+cudaError_t cudaFree(void* data) { return ternion::emulator::Free(TheDevice().memory, data); }
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
+  return ternion::emulator::Allocate(TheDevice().pinned, data, bytes);
+}
+cudaError_t cudaFreeHost(void* data) { return ternion::emulator::Free(TheDevice().pinned, data); }
+cudaError_t cudaMemset(void* data, int value, size_t bytes) {
+  return ternion::emulator::Do([=] { std::memset(data, value, bytes); }, true);
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return ternion::emulator::Do([=] { std::memcpy(to, from, bytes); }, true);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  return ternion::emulator::Do([=] { std::memcpy(to, from, bytes); }, false);
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
+cudaError_t cudaDeviceSynchronize() {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().Drain();
+  return cudaSuccess;
+}
