@@ -3,14 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 
 namespace ternion::base {
 
-// Outlives what it has allocated. Thread-safe.
-class Memory {
+// Outlives what it has allocated. Thread-safe. Standard containers of host memory take it as their
+// resource: std::pmr::vector<int> ids(&memory).
+class Memory : public std::pmr::memory_resource {
  public:
-  virtual ~Memory() = default;
-
   // `bytes` > 0, zeroed and 64-byte aligned. Running out is std::bad_alloc.
   virtual uint8_t* Allocate(size_t bytes) = 0;
   virtual void Free(uint8_t* data, size_t bytes) = 0;
@@ -20,6 +20,13 @@ class Memory {
 
   // How much there is, in use or not; 0 if it does not tell.
   virtual int64_t capacity_bytes() const = 0;
+
+ private:
+  void* do_allocate(size_t bytes, size_t) final { return Allocate(bytes > 0 ? bytes : 1); }
+  void do_deallocate(void* data, size_t bytes, size_t) final {
+    Free(static_cast<uint8_t*>(data), bytes > 0 ? bytes : 1);
+  }
+  bool do_is_equal(const memory_resource& other) const noexcept final { return this == &other; }
 };
 
 // Anonymous pages; 2 MiB aligned and advised to be huge pages from that size on (plain pages cost a

@@ -5,20 +5,23 @@
 
 #include "base/checked.h"
 #include "base/status.h"
+#include "comm/finish.h"
 #include "comm/wire.h"
 
 namespace ternion::comm {
 namespace {
 
 // At least `count` elements; grows ahead, so that growing comes to an end.
-void Reserve(base::Array<float>* array, int64_t count) {
+void Reserve(base::Array<float>* array, int64_t count, const kernels::Executor& executor) {
   if (static_cast<int64_t>(array->size()) >= count) return;
-  *array = base::Array<float>(std::max<int64_t>(count, 2 * array->size()));
+  *array = base::Array<float>(std::max<int64_t>(count, 2 * array->size()), *executor.memory);
 }
 
-void Reserve(kernels::QuantizedBuffer* buffer, int64_t rows, int64_t hidden) {
+void Reserve(kernels::QuantizedBuffer* buffer, int64_t rows, int64_t hidden,
+             const kernels::Executor& executor) {
   if (buffer->max_rows() >= rows) return;
-  *buffer = kernels::QuantizedBuffer(std::max(rows, 2 * buffer->max_rows()), hidden);
+  *buffer = kernels::QuantizedBuffer(std::max(rows, 2 * buffer->max_rows()), hidden,
+                                     *executor.memory, *executor.staging);
 }
 
 bool IsFloat(RowFormat format) { return format == RowFormat::kFp32 || format == RowFormat::kBf16; }
@@ -66,7 +69,11 @@ Exchange::Exchange(const ExchangeOptions& options, Transport* transport,
       executor_(executor),
       group_(group.empty() ? AllRanks(*transport) : std::move(group)),
       seat_(SeatOf(transport->rank())),
-      peers_(group_.size()) {
+      scales_(options.max_rows, *executor->staging),
+      sources_(executor->staging),
+      peers_(group_.size()),
+      term_begin_(executor->staging),
+      row_terms_(executor->staging) {
   TERNION_CHECK(ValidateExchangeOptions(options).ok());
   TERNION_CHECK(executor->threads != nullptr);
 }
@@ -98,6 +105,13 @@ absl::Status Exchange::DispatchSend(uint32_t step, uint32_t layer, const Dispatc
   combine_awaited_.clear();
   for (Peer& peer : peers_) peer.rows = Peer::Rows::kAwaited;
   peers_[seat_].rows = Peer::Rows::kReady;
+  kernels_->encode_rows({.x = codes.scales,
+                         .out = reinterpret_cast<uint8_t*>(scales_.data()),
+                         .num_rows = codes.num_rows > 0 ? 1 : 0,
+                         .dim = codes.num_rows,
+                         .format = RowFormat::kFp32},
+                        *executor_);
+  TERNION_RETURN_IF_ERROR(Finish(*kernels_, *executor_));
   // Every rank starts behind itself, so that they do not all send to the same one at first.
   for (int i = 1; i < size(); ++i) {
     const int seat = (seat_ + i) % size();
@@ -115,15 +129,15 @@ absl::Status Exchange::SendDispatchTo(int seat, const float* normed) {
   const int64_t routes = PlannedRoutes(seat);
   const DispatchLayout layout(options_.dispatch, options_.hidden, rows.size(), routes);
   Message message = transport_->Acquire(layout.message_bytes);
-  WriteDispatchMetadata(layout, rows, plan_.routes, codes_.scales, message.bytes());
-  WriteRows(rows, normed, message.bytes().data() + layout.codes);
+  WriteDispatchMetadata(layout, rows, plan_.routes, scales_.data(), message.bytes());
+  TERNION_RETURN_IF_ERROR(WriteRows(rows, normed, message.bytes().data() + layout.codes));
   return Send(seat, HeaderOf(Phase::kDispatch, rows.size(), routes, layout.payload_bytes),
               std::move(message));
 }
 
 // The rows' codes, or the rows themselves, from the batch.
-void Exchange::WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed,
-                         uint8_t* out) {
+absl::Status Exchange::WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed,
+                                 uint8_t* out) {
   sources_.clear();
   for (const DispatchPlan::Row& row : rows) sources_.push_back(row.source);
   const int64_t num_rows = rows.size();
@@ -146,6 +160,7 @@ void Exchange::WriteRows(std::span<const DispatchPlan::Row> rows, const float* n
                           .format = options_.dispatch},
                          *executor_);
   }
+  return Finish(*kernels_, *executor_);
 }
 
 absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, Exchange* other) {
@@ -156,6 +171,7 @@ absl::StatusOr<const ReceivedRows*> Exchange::DispatchRecv(int64_t min_routes, E
     if (other != nullptr && other->IsBack()) return &received_;
     TERNION_RETURN_IF_ERROR(Wait(other));
   }
+  if (NeedsNormed()) TERNION_RETURN_IF_ERROR(Finish(*kernels_, *executor_));  // WidenCodes' scales
   HandOutReady();
   if (!received_.rows.empty()) {
     stage_ = Stage::kCombineSend;
@@ -247,7 +263,7 @@ void Exchange::HandOutReady() {
 // their owner did.
 void Exchange::WidenCodes(Peer& peer) {
   const int64_t hidden = options_.hidden;
-  Reserve(&peer.codes, peer.view.num_rows(), hidden);
+  Reserve(&peer.codes, peer.view.num_rows(), hidden, *executor_);
   const kernels::QuantizedRows out = peer.codes.rows(peer.view.num_rows());
   const uint8_t* rows = peer.view.codes(0);
   if (options_.dispatch == RowFormat::kInt4) {
@@ -262,7 +278,7 @@ void Exchange::WidenCodes(Peer& peer) {
   }
   const float* floats = AsFloats(rows);
   if (options_.dispatch == RowFormat::kBf16) {
-    Reserve(&peer.floats, out.num_rows * hidden);
+    Reserve(&peer.floats, out.num_rows * hidden, *executor_);
     kernels_->decode_rows({.rows = rows,
                            .out = peer.floats.data(),
                            .num_rows = out.num_rows,
@@ -296,7 +312,7 @@ void Exchange::AppendRowsOf(Peer& peer) {
 void Exchange::AppendOwnRows() {
   for (const DispatchPlan::Row& row : PlannedRows(seat_)) {
     received_.rows.push_back({.codes = codes_.codes + row.source * codes_.stride,
-                              .scale = codes_.scales[row.source],
+                              .scale = scales_[row.source],
                               .first_route = static_cast<int32_t>(received_.routes.size()),
                               .num_routes = row.num_routes});
     const auto routes = plan_.routes.begin() + row.first_route;
@@ -347,6 +363,7 @@ absl::Status Exchange::SendCombineTo(int seat, const float* rows) {
                          .x_stride = options_.hidden,
                          .format = options_.combine},
                         *executor_);
+  TERNION_RETURN_IF_ERROR(Finish(*kernels_, *executor_));
   return Send(seat, header, std::move(message));
 }
 
@@ -371,6 +388,7 @@ absl::Status Exchange::CombineRecv(float* out) {
                       .num_rows = codes_.num_rows,
                       .dim = options_.hidden},
                      *executor_);
+  TERNION_RETURN_IF_ERROR(Finish(*kernels_, *executor_));
   for (Peer& peer : peers_) {
     transport_->Recycle(std::move(peer.dispatch));
     transport_->Recycle(std::move(peer.combine));

@@ -23,6 +23,7 @@
 #include <chrono>
 #include <cstdint>
 #include <limits>
+#include <memory_resource>
 #include <span>
 #include <vector>
 
@@ -86,6 +87,7 @@ class Exchange {
   Exchange& operator=(const Exchange&) = delete;
 
   // Sends this rank's rows. `plan` is copied. `codes`: the batch as the experts will multiply it.
+  // All rows, here and below, lie where the executor's ops work.
   // `normed`: the fp32 rows they were quantized from, [num_rows, hidden], needed only when dispatch
   // is fp32 or bf16 (NeedsNormed). `codes` must stay until CombineRecv, `normed` until this
   // returns. `step` and `layer` are checked against the peers' headers.
@@ -134,7 +136,8 @@ class Exchange {
   };
 
   absl::Status SendDispatchTo(int seat, const float* normed);
-  void WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed, uint8_t* out);
+  absl::Status WriteRows(std::span<const DispatchPlan::Row> rows, const float* normed,
+                         uint8_t* out);
   absl::Status TakeDispatch(int seat, Message message);
   void WidenCodes(Peer& peer);
   int64_t ReadyRoutes() const;
@@ -176,8 +179,9 @@ class Exchange {
   uint32_t step_ = 0;
   uint32_t layer_ = 0;
   DispatchPlan plan_;
-  kernels::QuantizedRows codes_;  // the caller's
-  std::vector<int32_t> sources_;  // rows of the batch that go into one message
+  kernels::QuantizedRows codes_;       // the caller's
+  base::Array<float> scales_;          // [max_rows] theirs, for the host
+  std::pmr::vector<int32_t> sources_;  // rows of the batch that go into one message
   ReceivedRows received_;
   std::vector<Peer> peers_;                // [seat], this rank's own among them
   std::vector<Awaited> dispatch_awaited_;  // messages that are still to come
@@ -186,9 +190,9 @@ class Exchange {
   bool under_way_ = false;        // as the meter knows it
 
   // What CombineRecv adds: onto row i, terms_[term_begin_[i]] .. terms_[term_begin_[i + 1]] - 1.
-  std::vector<int32_t> term_begin_;
+  std::pmr::vector<int32_t> term_begin_;
   std::vector<Term> terms_;
-  std::vector<kernels::RowTerm> row_terms_;
+  std::pmr::vector<kernels::RowTerm> row_terms_;
 };
 
 }  // namespace ternion::comm

@@ -16,8 +16,10 @@ constexpr size_t kSmallestBufferBytes = 4096;
 
 Message MessagePool::Acquire(size_t bytes) {
   const size_t capacity = std::bit_ceil(std::max(bytes, kSmallestBufferBytes));
+  base::Memory* memory = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    memory = memory_;
     std::vector<base::Buffer>& free = free_[std::countr_zero(capacity)];
     if (!free.empty()) {
       Message message{std::move(free.back()), bytes};
@@ -25,7 +27,14 @@ Message MessagePool::Acquire(size_t bytes) {
       return message;
     }
   }
-  return Message{base::Buffer(capacity), bytes};
+  return Message{base::Buffer(capacity, *memory), bytes};
+}
+
+void MessagePool::UseMemory(base::Memory& memory) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (memory_ == &memory) return;
+  memory_ = &memory;
+  for (std::vector<base::Buffer>& free : free_) free.clear();
 }
 
 void MessagePool::Recycle(Message message) {

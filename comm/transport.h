@@ -39,9 +39,11 @@ class MessagePool {
  public:
   Message Acquire(size_t bytes);
   void Recycle(Message message);
+  void UseMemory(base::Memory& memory);
 
  private:
   std::mutex mutex_;
+  base::Memory* memory_ = &base::HostMemory();
   std::array<std::vector<base::Buffer>, 64> free_;  // [log2 of the buffers' size]
 };
 
@@ -101,6 +103,9 @@ class Transport {
   // A message of `bytes` from the pool. Its content is unspecified.
   Message Acquire(size_t bytes) { return pool_->Acquire(bytes); }
   void Recycle(Message message) { pool_->Recycle(std::move(message)); }
+
+  // Messages lie in `memory` from now on, which the host reaches.
+  void UseMemory(base::Memory& memory) { pool_->UseMemory(memory); }
 
   TrafficMeter& traffic() { return traffic_; }
   TrafficScope ScopeOf(RankId peer) const;

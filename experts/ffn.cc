@@ -6,13 +6,13 @@ namespace ternion::experts {
 
 using kernels::CodeStride;
 
-FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate)
+FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate, base::Memory& memory)
     : max_rows_(max_rows),
-      gate_(max_rows * max_intermediate),
-      up_(max_rows * max_intermediate),
-      codes_(max_rows * CodeStride(max_intermediate)),
-      scales_(max_rows),
-      sums_(max_rows) {}
+      gate_(max_rows * max_intermediate, memory),
+      up_(max_rows * max_intermediate, memory),
+      codes_(max_rows * CodeStride(max_intermediate), memory),
+      scales_(max_rows, memory),
+      sums_(max_rows, memory) {}
 
 void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
             const kernels::QuantizedRows& x, std::span<const FfnGroup> groups,

@@ -39,7 +39,8 @@ struct FfnGroup {
 // Scratch for up to `max_rows` rows; reused by every layer of a rank.
 class FfnWorkspace {
  public:
-  FfnWorkspace(int64_t max_rows, int64_t max_intermediate);
+  FfnWorkspace(int64_t max_rows, int64_t max_intermediate,
+               base::Memory& memory = base::HostMemory());
 
   int64_t max_rows() const { return max_rows_; }
 

@@ -9,8 +9,8 @@ namespace ternion::experts {
 namespace {
 
 // Grows ahead, so that growing comes to an end.
-float* Reserve(base::Array<float>& array, size_t count) {
-  if (array.size() < count) array = base::Array<float>(count * 5 / 4);
+float* Reserve(base::Array<float>& array, size_t count, const kernels::Executor& executor) {
+  if (array.size() < count) array = base::Array<float>(count * 5 / 4, *executor.memory);
   return array.data();
 }
 
@@ -98,7 +98,8 @@ HierarchicalExchange::HierarchicalExchange(const comm::ExchangeOptions& options,
       across_(options, transport, kernels, executor, layout.across),
       inside_(InsideOptions(options, layout.num_nodes()), transport, kernels, executor,
               layout.inside),
-      gathered_(1, options.hidden) {
+      row_codes_(executor->staging),
+      row_scales_(executor->staging) {
   TERNION_CHECK(options.presum);
 }
 
@@ -131,7 +132,9 @@ absl::Status HierarchicalExchange::FanOut(const comm::ReceivedRows& rows, RunExp
     row_codes_.push_back(row.codes);
     row_scales_.push_back(row.scale);
   }
-  if (gathered_.max_rows() < num_rows) gathered_ = kernels::QuantizedBuffer(num_rows, hidden);
+  if (gathered_.max_rows() <= num_rows) {
+    gathered_ = kernels::QuantizedBuffer(num_rows + 1, hidden, *executor_->memory);
+  }
   const kernels::QuantizedRows codes = gathered_.rows(num_rows);
   kernels_->gather_rows({.rows = row_codes_.data(), .scales = row_scales_.data(), .out = codes},
                         *executor_);
@@ -142,11 +145,12 @@ absl::Status HierarchicalExchange::FanOut(const comm::ReceivedRows& rows, RunExp
     TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, inside_.DispatchRecv());
     if (received == nullptr) break;
     if (outputs_.size() <= arrival) outputs_.resize(arrival + 1);
-    float* const outputs = Reserve(outputs_[arrival], received->rows.size() * hidden);
+    float* const outputs = Reserve(outputs_[arrival], received->rows.size() * hidden, *executor_);
     TERNION_RETURN_IF_ERROR(run(*received, outputs));
     TERNION_RETURN_IF_ERROR(inside_.CombineSend(outputs));
   }
-  std::fill_n(Reserve(node_sums_, num_rows * hidden), num_rows * hidden, 0.0f);
+  float* const sums = Reserve(node_sums_, num_rows * hidden, *executor_);
+  kernels_->zero({.out = sums, .count = num_rows * hidden}, *executor_);
   return inside_.CombineRecv(node_sums_.data());
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory_resource>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -68,9 +69,9 @@ class HierarchicalExchange {
   uint32_t step_ = 0;
   uint32_t layer_ = 0;
   RoutingWorkspace routing_;
-  kernels::QuantizedBuffer gathered_;     // what arrived from across, in one piece
-  std::vector<const int8_t*> row_codes_;  // its rows
-  std::vector<float> row_scales_;
+  kernels::QuantizedBuffer gathered_;          // what arrived from across, in one piece
+  std::pmr::vector<const int8_t*> row_codes_;  // its rows
+  std::pmr::vector<float> row_scales_;
   base::Array<float> node_sums_;             // [arrived rows, hidden]
   std::vector<base::Array<float>> outputs_;  // of this rank's experts, by arrival
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/status.h"
+#include "comm/finish.h"
 
 namespace ternion::experts {
 namespace {
@@ -24,7 +25,8 @@ int64_t MaxRoutes(const comm::ExchangeOptions& options, int num_ranks) {
 }
 
 // Which experts each row goes to, and with which weight.
-GateChoice ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input, MoeContext& ctx) {
+absl::StatusOr<GateChoice> ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input,
+                                         MoeContext& ctx) {
   const int64_t num_rows = input.codes.num_rows;
   ctx.kernels->dense_matmul({.x = input.normed,
                              .weights = gate,
@@ -41,7 +43,8 @@ GateChoice ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input
                            .k = ctx.gate.top_k,
                            .renormalize = ctx.gate.renormalize},
                           *ctx.executor);
-  return {ctx.experts.data(), ctx.weights.data(), num_rows, ctx.gate.top_k};
+  TERNION_RETURN_IF_ERROR(comm::Finish(*ctx.kernels, *ctx.executor));
+  return GateChoice{ctx.experts.data(), ctx.weights.data(), num_rows, ctx.gate.top_k};
 }
 
 // A peer that routes to an expert we do not hold works from another placement.
@@ -58,11 +61,12 @@ absl::Status CheckHeld(const ExpertShard& shard, const comm::ReceivedRows& recei
 
 // Room for the outputs of `received`, which arrived as the `arrival`-th of its layer.
 float* OutputsFor(const comm::ReceivedRows& received, bool presum, int64_t hidden,
-                  std::vector<base::Array<float>>& outputs, size_t arrival) {
+                  const kernels::Executor& executor, std::vector<base::Array<float>>& outputs,
+                  size_t arrival) {
   if (outputs.size() <= arrival) outputs.resize(arrival + 1);
   base::Array<float>& room = outputs[arrival];
   const size_t num_floats = (presum ? received.rows.size() : received.routes.size()) * hidden;
-  if (room.size() < num_floats) room = base::Array<float>(num_floats * 5 / 4);
+  if (room.size() < num_floats) room = base::Array<float>(num_floats * 5 / 4, *executor.memory);
   return room.data();
 }
 
@@ -93,10 +97,10 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       micro_batches{
           {{.exchange = comm::Exchange(WithMicroBatch(options, 0), transport, kernels, executor)},
            {.exchange = comm::Exchange(WithMicroBatch(options, 1), transport, kernels, executor)}}},
-      shard(MaxRoutes(options, transport->size()), options.hidden, intermediate),
-      logits(options.max_rows * gate.num_experts),
-      experts(options.max_rows * gate.top_k),
-      weights(options.max_rows * gate.top_k) {}
+      shard(MaxRoutes(options, transport->size()), options.hidden, intermediate, *executor),
+      logits(options.max_rows * gate.num_experts, *executor->memory),
+      experts(options.max_rows * gate.top_k, *executor->staging),
+      weights(options.max_rows * gate.top_k, *executor->staging) {}
 
 void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
                               const Placement& placement) {
@@ -108,7 +112,7 @@ void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOpti
 
 absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
                          const MoeInput& input, MoeContext& ctx, MicroBatch& batch) {
-  const GateChoice choice = ChooseExperts(weights.gate, input, ctx);
+  TERNION_ASSIGN_OR_RETURN(const GateChoice choice, ChooseExperts(weights.gate, input, ctx));
   if (batch.hierarchical != nullptr) {
     return batch.hierarchical->DispatchSend(input.step, input.layer, choice, input.codes,
                                             input.normed);
@@ -148,7 +152,7 @@ absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBa
       continue;
     }
     float* const outputs =
-        OutputsFor(*received, presum, weights.ffn.hidden, batch.outputs, arrival);
+        OutputsFor(*received, presum, weights.ffn.hidden, *ctx.executor, batch.outputs, arrival);
     TERNION_RETURN_IF_ERROR(run(*received, outputs));
     TERNION_RETURN_IF_ERROR(batch.exchange.CombineSend(outputs));
   }

@@ -61,8 +61,8 @@ struct MoeContext {
   std::array<MicroBatch, 2> micro_batches;
   ShardWorkspace shard;
   base::Array<float> logits;     // [max_rows, num_experts]
-  base::Array<int32_t> experts;  // [max_rows, top_k]
-  base::Array<float> weights;    // [max_rows, top_k]
+  base::Array<int32_t> experts;  // [max_rows, top_k], the host reads them
+  base::Array<float> weights;    // [max_rows, top_k], likewise
   RoutingWorkspace routing;
 };
 

@@ -1,12 +1,12 @@
 #include "experts/shard.h"
 
 #include <algorithm>
-#include <cstring>
 #include <span>
 #include <utility>
 
 #include "base/check.h"
 #include "base/status.h"
+#include "comm/finish.h"
 
 namespace ternion::experts {
 namespace {
@@ -48,39 +48,51 @@ kernels::QuantizedRows GatherChunk(const kernels::Kernels& kernels, kernels::Exe
   return x;
 }
 
-// outputs[row] += weight * y over the chunk. Chunks come in ascending expert id, and so do the
-// terms of a row inside a chunk: the order of the sum does not depend on where chunks end.
-void AddWeighted(const kernels::Kernels& kernels, kernels::Executor& executor,
-                 const comm::ReceivedRows& received, std::span<const Work> chunk, int64_t hidden,
-                 ShardWorkspace& ws, float* outputs) {
-  const int64_t num_rows = static_cast<int64_t>(received.rows.size());
-  ws.term_begin.assign(num_rows + 2, 0);
-  for (const Work& work : chunk) ++ws.term_begin[work.row + 2];
-  for (int64_t row = 2; row <= num_rows + 1; ++row) ws.term_begin[row] += ws.term_begin[row - 1];
+int64_t NumOutputs(const ShardWork& work) {
+  return work.presum ? work.received->rows.size() : work.received->routes.size();
+}
+
+// Adds what the chunk's rows of y are to outputs, onto what is there or (`accumulate` false) onto
+// 0. Chunks come in ascending expert id, and so do the terms of a row inside a chunk: the order of
+// the sum does not depend on where chunks end.
+void AddToOutputs(const kernels::Kernels& kernels, kernels::Executor& executor,
+                  const ShardWork& work, std::span<const Work> chunk, bool accumulate,
+                  ShardWorkspace& ws) {
+  const auto output_of = [&](const Work& w) { return work.presum ? w.row : w.route; };
+  const int64_t num_outputs = NumOutputs(work), hidden = work.config->hidden;
+  ws.term_begin.assign(num_outputs + 2, 0);
+  for (const Work& w : chunk) ++ws.term_begin[output_of(w) + 2];
+  for (int64_t i = 2; i <= num_outputs + 1; ++i) ws.term_begin[i] += ws.term_begin[i - 1];
   ws.terms.resize(chunk.size());
   ws.term_weights.resize(chunk.size());
   for (size_t i = 0; i < chunk.size(); ++i) {
-    const int32_t term = ws.term_begin[chunk[i].row + 1]++;
+    const int32_t term = ws.term_begin[output_of(chunk[i]) + 1]++;
     ws.terms[term] = ws.y.data() + static_cast<int64_t>(i) * hidden;
-    ws.term_weights[term] = received.routes[chunk[i].route].weight;
+    ws.term_weights[term] = work.received->routes[chunk[i].route].weight;
   }
   kernels.weighted_sum({.terms = ws.terms.data(),
-                        .weights = ws.term_weights.data(),
+                        .weights = work.presum ? ws.term_weights.data() : nullptr,
                         .begin = ws.term_begin.data(),
-                        .out = outputs,
-                        .num_rows = num_rows,
+                        .out = work.outputs,
+                        .num_rows = num_outputs,
                         .dim = hidden,
-                        .accumulate = true},
+                        .accumulate = accumulate},
                        executor);
 }
 
 }  // namespace
 
-ShardWorkspace::ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate)
+ShardWorkspace::ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate,
+                               const kernels::Executor& executor)
     : max_routes(max_routes),
-      ffn(max_routes, intermediate),
-      gathered(max_routes, hidden),
-      y(max_routes * hidden) {}
+      ffn(max_routes, intermediate, *executor.memory),
+      gathered(max_routes, hidden, *executor.memory),
+      y(max_routes * hidden, *executor.memory),
+      row_codes(executor.staging),
+      row_scales(executor.staging),
+      term_begin(executor.staging),
+      terms(executor.staging),
+      term_weights(executor.staging) {}
 
 void ExpertShard::Set(ExpertId expert, FfnWeights weights) {
   std::unique_ptr<FfnWeights>& place = experts_[base::Index(expert)];
@@ -112,23 +124,19 @@ std::span<const Work> ExpertShard::NextChunk(std::span<const Work> left, const S
 
 absl::Status ExpertShard::Run(const kernels::Kernels& kernels, kernels::Executor& executor,
                               const ShardWork& work, ShardWorkspace& ws) const {
-  const comm::ReceivedRows& received = *work.received;
-  const int64_t hidden = work.config->hidden;
-  SortByExpert(received, static_cast<int>(experts_.size()), ws);
-  if (work.presum) std::fill_n(work.outputs, received.rows.size() * hidden, 0.0f);
+  SortByExpert(*work.received, static_cast<int>(experts_.size()), ws);
+  if (ws.work.empty()) {
+    kernels.zero({work.outputs, NumOutputs(work) * work.config->hidden}, executor);
+  }
   for (std::span<const Work> left(ws.work); !left.empty();) {
+    // Ops may still read what they were given for the chunk before.
+    TERNION_RETURN_IF_ERROR(comm::Finish(kernels, executor));
+    const bool first = left.size() == ws.work.size();
     const std::span<const Work> chunk = NextChunk(left, work, ws);
     left = left.subspan(chunk.size());
-    const kernels::QuantizedRows x = GatherChunk(kernels, executor, received, chunk, ws);
+    const kernels::QuantizedRows x = GatherChunk(kernels, executor, *work.received, chunk, ws);
     RunFfn(kernels, executor, *work.config, x, ws.groups, ws.ffn, ws.y.data());
-    if (work.presum) {
-      AddWeighted(kernels, executor, received, chunk, hidden, ws, work.outputs);
-    } else {
-      for (size_t i = 0; i < chunk.size(); ++i) {
-        std::memcpy(work.outputs + int64_t{chunk[i].route} * hidden,
-                    ws.y.data() + static_cast<int64_t>(i) * hidden, hidden * sizeof(float));
-      }
-    }
+    AddToOutputs(kernels, executor, work, chunk, !first, ws);
     if (work.between != nullptr && !left.empty()) TERNION_RETURN_IF_ERROR((*work.between)());
   }
   return absl::OkStatus();

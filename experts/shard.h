@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <span>
 #include <vector>
 
@@ -19,7 +20,8 @@ using base::ExpertId;
 // Scratch of ExpertShard::Run, shared by all layers of a rank. Rows are worked on in chunks of at
 // most `max_routes` (row, expert) pairs, so memory is bounded however many rows arrive.
 struct ShardWorkspace {
-  ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate);
+  ShardWorkspace(int64_t max_routes, int64_t hidden, int64_t intermediate,
+                 const kernels::Executor& executor = {});
 
   struct Work {
     ExpertId expert{};
@@ -30,16 +32,17 @@ struct ShardWorkspace {
   int64_t bytes_between = 4 << 20;  // of weights, read between two calls of ShardWork::between: a
                                     // fraction of a millisecond
   FfnWorkspace ffn;
-  kernels::QuantizedBuffer gathered;     // [max_routes, hidden]
-  base::Array<float> y;                  // [max_routes, hidden]
-  std::vector<Work> work;                // all pairs, by ascending expert, then row
-  std::vector<int32_t> expert_begin;     // counting sort of `work`
-  std::vector<const int8_t*> row_codes;  // the chunk's rows
-  std::vector<float> row_scales;
+  kernels::QuantizedBuffer gathered;  // [max_routes, hidden]
+  base::Array<float> y;               // [max_routes, hidden]
+  std::vector<Work> work;             // all pairs, by ascending expert, then row
+  std::vector<int32_t> expert_begin;  // counting sort of `work`
   std::vector<FfnGroup> groups;
-  std::vector<int32_t> term_begin;  // per received row: its terms of this chunk
-  std::vector<const float*> terms;
-  std::vector<float> term_weights;
+  // What ops read of a chunk.
+  std::pmr::vector<const int8_t*> row_codes;
+  std::pmr::vector<float> row_scales;
+  std::pmr::vector<int32_t> term_begin;  // per output: its terms
+  std::pmr::vector<const float*> terms;
+  std::pmr::vector<float> term_weights;
 };
 
 // What ExpertShard::Run works on.

@@ -31,8 +31,14 @@ constexpr int64_t CodeStride(int64_t dim) { return (base::CeilDiv(dim, 64) | 1) 
 class QuantizedBuffer {
  public:
   QuantizedBuffer() = default;
-  QuantizedBuffer(int64_t max_rows, int64_t dim)
-      : codes_(max_rows * CodeStride(dim)), scales_(max_rows), sums_(max_rows), dim_(dim) {}
+  QuantizedBuffer(int64_t max_rows, int64_t dim, base::Memory& memory = base::HostMemory())
+      : QuantizedBuffer(max_rows, dim, memory, memory) {}
+  // For a host that reads the scales.
+  QuantizedBuffer(int64_t max_rows, int64_t dim, base::Memory& memory, base::Memory& of_scales)
+      : codes_(max_rows * CodeStride(dim), memory),
+        scales_(max_rows, of_scales),
+        sums_(max_rows, memory),
+        dim_(dim) {}
 
   QuantizedRows rows(int64_t num_rows) {
     return {codes_.data(), scales_.data(), sums_.data(), num_rows, dim_, CodeStride(dim_)};

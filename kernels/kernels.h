@@ -278,10 +278,18 @@ struct AddRowsArgs {
   int64_t dim = 0;
 };
 
+// out[i] = 0.
+struct ZeroArgs {
+  float* out = nullptr;  // [count]
+  int64_t count = 0;
+};
+
 struct Kernels {
   const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
-  // Returns when all ops called so far are done. Null, or what went wrong with one of them (a device
-  // fails for good).
+  // ternary_matmul takes kRows and kColumns, too, and reads less of them where it can.
+  bool skips_lines = false;
+  // Returns when all ops called so far are done. Null, or what went wrong with one of them (a
+  // device fails for good).
   const char* (*wait)(Executor&) = nullptr;
   void (*rms_norm)(const RmsNormArgs&, Executor&) = nullptr;
   void (*quantize)(const QuantizeArgs&, Executor&) = nullptr;
@@ -301,6 +309,7 @@ struct Kernels {
   void (*pack_codes)(const PackCodesArgs&, Executor&) = nullptr;
   void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
+  void (*zero)(const ZeroArgs&, Executor&) = nullptr;
 };
 
 }  // namespace ternion::kernels

@@ -71,7 +71,9 @@ struct TernaryMatrix {
   TernaryLayout layout = TernaryLayout::kPanels;
 
   constexpr int64_t num_panels() const { return base::CeilDiv(rows, kPanelRows); }
-  constexpr int64_t num_blocks() const { return base::CeilDiv(columns, kBlockColumns); }  // in a panel
+  constexpr int64_t num_blocks() const {
+    return base::CeilDiv(columns, kBlockColumns);
+  }  // in a panel
   constexpr int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
   constexpr int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
 
@@ -95,6 +97,11 @@ struct TernaryMatrix {
 struct OwnedTernaryMatrix {
   base::Buffer codes;
   TernaryMatrix view;
+
+  void MoveTo(base::Memory& memory) {
+    codes.MoveTo(memory);
+    view.codes = codes.data();
+  }
 };
 
 // An all-(-1)-coded matrix of the given shape, to be filled by one of the functions below.

@@ -26,10 +26,12 @@ struct EngineFlags {
   std::string micro_batches = "auto";
 };
 
-// Adds --threads, --device and --transport to `command`.
+// Adds --threads to `command`.
+void AddThreadsFlag(CLI::App& command, WorldOptions& options);
+// Adds --threads, --device and --transport.
 void AddWorldFlags(CLI::App& command, WorldOptions& options);
-// Adds --model, --wire*, --placement, --trace, --exchange, --micro-batches, --kv, --kv-tokens and the
-// world's flags.
+// Adds --model, --wire*, --placement, --trace, --exchange, --micro-batches, --kv, --kv-tokens and
+// the world's flags.
 void AddEngineFlags(CLI::App& command, EngineFlags& flags);
 
 // An engine and how long it took to load.

@@ -153,7 +153,7 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
       "--matrix", options.matrix,
       "CSV for an alltoallv benchmark: bytes of int4/int4 from each rank (line) to each (column), "
       "as fractions of the most");
-  AddWorldFlags(*command, options.world);
+  AddThreadsFlag(*command, options.world);
 }
 
 void AddInspect(CLI::App& app, InspectOptions& options) {

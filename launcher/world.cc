@@ -98,6 +98,7 @@ absl::StatusOr<std::unique_ptr<World>> World::CreateOn(comm::Transport* transpor
   TERNION_ASSIGN_OR_RETURN(std::vector<int> cpus, ShareOfCpus(*transport));
   world->transport_ = transport;
   world->kernels_ = *kernels;
+  transport->UseMemory(*world->executor_.staging);
   const int threads = options.threads > 0 ? options.threads : std::max<int>(1, cpus.size());
   world->threads_ = std::make_unique<base::ThreadPool>(threads, std::move(cpus));
   world->executor_.threads = world->threads_.get();

@@ -17,6 +17,11 @@ namespace ternion::runtime {
 struct OwnedDenseMatrix {
   base::Buffer memory;
   kernels::DenseMatrix view;
+
+  void MoveTo(base::Memory& to) {
+    memory.MoveTo(to);
+    view.data = memory.data();
+  }
 };
 
 // Reads tensors by name, checking shape, type and values; every error names the tensor. Immutable

@@ -59,20 +59,22 @@ absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const Mode
 }
 
 // A quarter of the memory, shared by the ranks of this node.
-int64_t DefaultKvTokens(const KvShape& shape, const comm::Transport& transport) {
+int64_t DefaultKvTokens(const KvShape& shape, const RankResources& resources) {
+  const comm::Transport& transport = *resources.transport;
   int64_t ranks_here = 0;
   for (int rank = 0; rank < transport.size(); ++rank) {
     ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
   }
-  const int64_t tokens = base::HostMemory().capacity_bytes() / 4 / ranks_here / shape.bytes_per_token();
+  const int64_t bytes = resources.executor->memory->capacity_bytes();
+  const int64_t tokens = bytes / 4 / ranks_here / shape.bytes_per_token();
   return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
 }
 
-absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape) {
-  const int64_t most = base::HostMemory().capacity_bytes() / shape.bytes_per_token();
+absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape, const RankResources& resources) {
+  const int64_t most = resources.executor->memory->capacity_bytes() / shape.bytes_per_token();
   if (tokens <= most) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat("a KV cache of ", tokens, " tokens: this machine's memory holds ", most));
+      absl::StrCat("a KV cache of ", tokens, " tokens: the memory holds ", most));
 }
 
 KvShape ShapeOf(const ModelConfig& config, kernels::KvFormat format) {
@@ -86,13 +88,13 @@ Engine::Engine(ModelConfig config, const RankResources& resources, const EngineO
       resources_(resources),
       options_(options),
       wire_(ResolveWire(config_, options.wire)),
-      logits_(Model::kMaxLogitRows * config_.vocab_size) {}
+      logits_(Model::kMaxLogitRows * config_.vocab_size, *resources.executor->staging) {}
 
 // An empty cache, and a scheduler that knows of no sequence.
 void Engine::MakeCache(kernels::KvFormat kv, int64_t kv_tokens) {
   sequences_.clear();
   kv_cache_.reset();
-  kv_cache_ = std::make_unique<KvCache>(ShapeOf(config_, kv), kv_tokens);
+  kv_cache_ = std::make_unique<KvCache>(ShapeOf(config_, kv), kv_tokens, *resources_.executor);
   kv_format_ = kv;
   scheduler_ =
       std::make_unique<Scheduler>(SchedulerLimits{.num_ranks = resources_.transport->size(),
@@ -112,8 +114,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
   const kernels::KvFormat kv = options.kv.value_or(*kernels::KvFormatOfBits(config.kv_bits));
   const KvShape shape = ShapeOf(config, kv);
   const int64_t kv_tokens =
-      options.kv_tokens > 0 ? options.kv_tokens : DefaultKvTokens(shape, *resources.transport);
-  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, shape));
+      options.kv_tokens > 0 ? options.kv_tokens : DefaultKvTokens(shape, resources);
+  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, shape, resources));
   std::unique_ptr<Engine> engine(new Engine(config, resources, options));
   engine->MakeCache(kv, kv_tokens);
   const ModelOptions model_options = {
@@ -156,7 +158,7 @@ absl::Status Engine::CheckReconfigure(const WireOptions& wire, kernels::KvFormat
   if (!idle()) return absl::FailedPreconditionError("sequences are still running");
   TERNION_RETURN_IF_ERROR(
       CheckPrecisions(config_, {.max_rows = options_.max_rows, .wire = wire, .kv = kv}));
-  return CheckKvTokens(kv_tokens(), ShapeOf(config_, kv));
+  return CheckKvTokens(kv_tokens(), ShapeOf(config_, kv), resources_);
 }
 
 absl::Status Engine::Reconfigure(const WireOptions& wire, kernels::KvFormat kv) {
@@ -304,24 +306,25 @@ absl::StatusOr<std::vector<ChunkResult>> Engine::Execute(const StepPlan& plan) {
         {.sequence = chunk.sequence, .logits_hash = sequences_.at(chunk.sequence).logits_hash});
     row += count;
   }
-  RunHead(results);
+  TERNION_RETURN_IF_ERROR(RunHead(results));
   return results;
 }
 
 // Logits of logit_rows_, many rows at a time so that the head is read once for all of them.
-void Engine::RunHead(std::vector<ChunkResult>& results) {
+absl::Status Engine::RunHead(std::vector<ChunkResult>& results) {
   const std::span<const LogitRow> all(logit_rows_);
   int32_t rows[Model::kMaxLogitRows];
   for (size_t begin = 0; begin < all.size(); begin += Model::kMaxLogitRows) {
     const auto group =
         all.subspan(begin, std::min<size_t>(Model::kMaxLogitRows, all.size() - begin));
     for (size_t i = 0; i < group.size(); ++i) rows[i] = group[i].batch_row;
-    model_->Logits({rows, group.size()}, logits_.data());
+    TERNION_RETURN_IF_ERROR(model_->Logits({rows, group.size()}, logits_.data()));
     for (size_t i = 0; i < group.size(); ++i) {
       TakeLogits(group[i], logits_.span().subspan(i * config_.vocab_size, config_.vocab_size),
                  results[group[i].result]);
     }
   }
+  return absl::OkStatus();
 }
 
 void Engine::TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result) {

@@ -121,7 +121,7 @@ class Engine {
   absl::StatusOr<std::vector<ChunkResult>> ExecuteEverywhere(const StepPlan& plan);
   absl::Status Prepare(const StepPlan& plan);
   absl::StatusOr<std::vector<ChunkResult>> Execute(const StepPlan& plan);
-  void RunHead(std::vector<ChunkResult>& results);
+  absl::Status RunHead(std::vector<ChunkResult>& results);
   void TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result);
 
   const ModelConfig config_;

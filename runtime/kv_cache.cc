@@ -18,10 +18,11 @@ KvPages& KvPages::operator=(KvPages&& other) noexcept {
   return *this;
 }
 
-KvCache::KvCache(const KvShape& shape, int64_t capacity_tokens)
+KvCache::KvCache(const KvShape& shape, int64_t capacity_tokens, const kernels::Executor& executor)
     : shape_(shape),
+      executor_(executor),
       num_pages_(PagesFor(capacity_tokens)),
-      memory_(num_pages_ * shape.num_layers * shape.page().bytes()) {
+      memory_(num_pages_ * shape.num_layers * shape.page().bytes(), *executor.memory) {
   for (int64_t id = num_pages_ - 1; id >= 0; --id) free_.push_back(static_cast<int32_t>(id));
 }
 
@@ -38,17 +39,20 @@ absl::StatusOr<KvPages> KvCache::Reserve(int64_t tokens) {
   const kernels::KvPageSize size = shape_.page();
   const bool scaled = shape_.format != kernels::KvFormat::kBf16;
   const int64_t row = int64_t{2} * shape_.kv_heads * shape_.head_dim;
-  if (scaled) pages.first_ = base::Array<uint16_t>(shape_.num_layers * row);
+  if (scaled) pages.first_ = base::Array<uint16_t>(shape_.num_layers * row, *executor_.memory);
+  pages.table_ = base::Array<kernels::KvPage>(shape_.num_layers * count, *executor_.staging);
+  kernels::KvPage* page = pages.table_.data();
   for (int layer = 0; layer < shape_.num_layers; ++layer) {
     for (int32_t id : pages.ids_) {
       uint8_t* keys = memory_.data() + (int64_t{id} * shape_.num_layers + layer) * size.bytes();
       uint8_t* values = keys + size.key_bytes;
-      pages.table_.push_back({.keys = keys, .values = values});
-      if (!scaled) continue;
-      kernels::KvPage& page = pages.table_.back();
-      page.key_scales = reinterpret_cast<float*>(values + size.value_bytes);
-      page.value_scales = page.key_scales + size.scale_bytes / sizeof(float);
-      if (id == pages.ids_[0]) page.first = pages.first_.data() + layer * row;
+      *page = {.keys = keys, .values = values};
+      if (scaled) {
+        page->key_scales = reinterpret_cast<float*>(values + size.value_bytes);
+        page->value_scales = page->key_scales + size.scale_bytes / sizeof(float);
+        if (id == pages.ids_[0]) page->first = pages.first_.data() + layer * row;
+      }
+      ++page;
     }
   }
   return pages;

@@ -44,7 +44,7 @@ class KvPages {
 
   KvCache* cache_ = nullptr;
   std::vector<int32_t> ids_;            // [pages]
-  std::vector<kernels::KvPage> table_;  // [layers, pages]
+  base::Array<kernels::KvPage> table_;  // [layers, pages]
   base::Array<uint16_t> first_;  // [layers, {K, V}, kv_heads, head_dim] of position 0, below bf16
 };
 
@@ -52,7 +52,8 @@ class KvPages {
 // the system when a page is first written. Outlives its KvPages. One thread.
 class KvCache {
  public:
-  KvCache(const KvShape& shape, int64_t capacity_tokens);
+  // Pages lie in the executor's memory, their tables where the host reaches them, too.
+  KvCache(const KvShape& shape, int64_t capacity_tokens, const kernels::Executor& executor = {});
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
@@ -67,6 +68,7 @@ class KvCache {
   friend class KvPages;
 
   const KvShape shape_;
+  const kernels::Executor executor_;
   const int64_t num_pages_;
   base::Buffer memory_;  // [pages, layers] of keys, values, key scales, value scales
   std::vector<int32_t> free_;

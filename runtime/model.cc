@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
 #include "base/check.h"
 #include "base/status.h"
+#include "comm/finish.h"
 
 namespace ternion::runtime {
 namespace {
@@ -88,22 +88,28 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       placement_(std::move(placement)),
       resources_(resources),
       options_(options),
-      hidden_(options.max_rows * config.hidden),
-      normed_(options.max_rows * config.hidden),
-      q_(options.max_rows * config.q_dim()),
-      k_(options.max_rows * config.kv_dim()),
-      v_(options.max_rows * config.kv_dim()),
-      attended_(options.max_rows * config.q_dim()),
-      out_(options.max_rows * config.hidden),
-      logit_rows_(kMaxLogitRows * config.hidden),
-      codes_(options.max_rows, config.hidden),
-      attended_codes_(options.max_rows, config.q_dim()),
-      page_tables_(options.max_rows),
-      sum_terms_(options.max_rows),
-      sum_begin_(options.max_rows + 1),
-      local_ffn_workspace_(options.max_rows, LocalIntermediate(config)) {
+      hidden_(options.max_rows * config.hidden, *resources.executor->memory),
+      normed_(options.max_rows * config.hidden, *resources.executor->memory),
+      q_(options.max_rows * config.q_dim(), *resources.executor->memory),
+      k_(options.max_rows * config.kv_dim(), *resources.executor->memory),
+      v_(options.max_rows * config.kv_dim(), *resources.executor->memory),
+      attended_(options.max_rows * config.q_dim(), *resources.executor->memory),
+      out_(options.max_rows * config.hidden, *resources.executor->memory),
+      logit_rows_(kMaxLogitRows * config.hidden, *resources.executor->memory),
+      codes_(options.max_rows, config.hidden, *resources.executor->memory),
+      attended_codes_(options.max_rows, config.q_dim(), *resources.executor->memory),
+      tokens_(options.max_rows, *resources.executor->staging),
+      positions_(options.max_rows, *resources.executor->staging),
+      page_tables_(config.num_layers * options.max_rows, *resources.executor->staging),
+      logit_ids_(kMaxLogitRows, *resources.executor->staging),
+      sum_terms_(options.max_rows, *resources.executor->staging),
+      sum_begin_(options.max_rows + 1, *resources.executor->staging),
+      local_ffn_workspace_(options.max_rows, LocalIntermediate(config),
+                           *resources.executor->memory) {
   FillRotaryTables(config, options.max_positions, cos_, sin_);
-  std::iota(sum_begin_.begin(), sum_begin_.end(), 0);
+  cos_.MoveTo(*resources.executor->memory);
+  sin_.MoveTo(*resources.executor->memory);
+  std::iota(sum_begin_.data(), sum_begin_.data() + sum_begin_.size(), 0);
   for (int64_t row = 0; row < options.max_rows; ++row) {
     sum_terms_[row] = out_.data() + row * config.hidden;
   }
@@ -138,10 +144,26 @@ void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
   }
 }
 
-absl::Status Model::Forward(const Batch& batch) {
+// What the ops of a step read of its batch.
+absl::Status Model::TakeBatch(const Batch& batch) {
   TERNION_CHECK(batch.num_rows() <= options_.max_rows);
+  // Of the step before, that is.
+  TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
+  std::copy(batch.tokens.begin(), batch.tokens.end(), tokens_.data());
+  std::copy(batch.positions.begin(), batch.positions.end(), positions_.data());
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    const kernels::KvPage** const tables = page_tables_.data() + layer * options_.max_rows;
+    for (int64_t row = 0; row < batch.num_rows(); ++row) {
+      tables[row] = batch.pages[row]->table(layer);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Model::Forward(const Batch& batch) {
+  TERNION_RETURN_IF_ERROR(TakeBatch(batch));
   resources_.kernels->embed({.table = embedding_.view,
-                             .ids = batch.tokens.data(),
+                             .ids = tokens_.data(),
                              .out = hidden_.data(),
                              .num_rows = batch.num_rows()},
                             *resources_.executor);
@@ -171,7 +193,7 @@ absl::Status Model::Advance(const Batch& batch, Part& part) {
     TERNION_RETURN_IF_ERROR(experts::MoeCombine(*part.moe, HiddenOf(part)));
   }
   if (layer == config_.num_layers) return absl::OkStatus();
-  AttentionBlock(layers_[layer], layer, batch, part);
+  AttentionBlock(layers_[layer], layer, part);
   return FfnBlock(layers_[layer], layer, batch, part);
 }
 
@@ -191,10 +213,9 @@ absl::Status Model::RunExperts(const Batch& batch, int layer, Part& part, Part& 
 }
 
 // h += o_proj(norm(attention(rope(q), rope(k), v))).
-void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& batch,
-                           const Part& part) {
-  ProjectHeads(layer, batch, part);
-  AttendOverCache(index, batch, part);
+void Model::AttentionBlock(const LayerWeights& layer, int index, const Part& part) {
+  ProjectHeads(layer, part);
+  AttendOverCache(index, part);
   const AttentionWeights& w = layer.attention;
   const int64_t rows = part.num_rows;
   const kernels::QuantizedRows attended = attended_codes_.rows(rows);
@@ -212,7 +233,7 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Batch& ba
 
 // q_, k_ and v_ of the batch from hidden_; q and k normed where the family does, and turned to
 // their positions.
-void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch, const Part& part) {
+void Model::ProjectHeads(const LayerWeights& layer, const Part& part) {
   const AttentionWeights& w = layer.attention;
   const int64_t rows = part.num_rows;
   const kernels::QuantizedRows x = CodesOf(part);
@@ -227,12 +248,11 @@ void Model::ProjectHeads(const LayerWeights& layer, const Batch& batch, const Pa
                                        {w.k.view, 0, rows, k_.data(), config_.kv_dim()},
                                        {w.v.view, 0, rows, v_.data(), config_.kv_dim()}};
   resources_.kernels->ternary_matmul({.x = x, .groups = qkv}, *resources_.executor);
-  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), batch, part);
-  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), batch, part);
+  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), part);
+  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), part);
 }
 
-void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch,
-                        const Part& part) {
+void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Part& part) {
   const int64_t head_dim = config_.head_dim;
   if (norm != nullptr) {
     resources_.kernels->rms_norm({.x = vectors,
@@ -246,7 +266,7 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
                                  *resources_.executor);
   }
   resources_.kernels->rope({.x = vectors,
-                            .positions = batch.positions.data() + part.begin,
+                            .positions = positions_.data() + part.begin,
                             .cos_table = cos_.data(),
                             .sin_table = sin_.data(),
                             .num_rows = part.num_rows,
@@ -258,12 +278,11 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
 
 // k_ and v_ into the cache, attended_ out of it. Rotating q and k alike leaves their scores; what
 // rotating v does to the output is undone there.
-void Model::AttendOverCache(int index, const Batch& batch, const Part& part) {
+void Model::AttendOverCache(int index, const Part& part) {
   const int64_t rows = part.num_rows;
   const int heads = config_.heads, kv_heads = config_.kv_heads, head_dim = config_.head_dim;
-  for (int64_t row = 0; row < rows; ++row) {
-    page_tables_[row] = batch.pages[part.begin + row]->table(index);
-  }
+  const kernels::KvPage* const* pages =
+      page_tables_.data() + index * options_.max_rows + part.begin;
   const bool rotates = RotatesHeads(config_, options_.kv);
   if (rotates) {
     RotateHeads(q_.data(), heads, rows);
@@ -272,8 +291,8 @@ void Model::AttendOverCache(int index, const Batch& batch, const Part& part) {
   }
   resources_.kernels->kv_store({.k = k_.data(),
                                 .v = v_.data(),
-                                .pages = page_tables_.data(),
-                                .positions = batch.positions.data() + part.begin,
+                                .pages = pages,
+                                .positions = positions_.data() + part.begin,
                                 .num_rows = rows,
                                 .stride = config_.kv_dim(),
                                 .kv_heads = kv_heads,
@@ -281,8 +300,8 @@ void Model::AttendOverCache(int index, const Batch& batch, const Part& part) {
                                 .format = options_.kv},
                                *resources_.executor);
   resources_.kernels->attention({.q = q_.data(),
-                                 .pages = page_tables_.data(),
-                                 .positions = batch.positions.data() + part.begin,
+                                 .pages = pages,
+                                 .positions = positions_.data() + part.begin,
                                  .out = attended_.data(),
                                  .num_rows = rows,
                                  .q_stride = config_.q_dim(),
@@ -353,14 +372,19 @@ void Model::AddOutToHidden(const Part& part) {
                                    *resources_.executor);
 }
 
-void Model::Logits(std::span<const int32_t> rows, float* logits) {
+absl::Status Model::Logits(std::span<const int32_t> rows, float* logits) {
   const int64_t count = static_cast<int64_t>(rows.size());
   TERNION_CHECK(count <= kMaxLogitRows);
   const int64_t hidden = config_.hidden;
-  for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(logit_rows_.data() + i * hidden, hidden_.data() + rows[i] * hidden,
-                hidden * sizeof(float));
-  }
+  std::copy(rows.begin(), rows.end(), logit_ids_.data());
+  resources_.kernels->encode_rows({.x = hidden_.data(),
+                                   .rows = logit_ids_.data(),
+                                   .out = reinterpret_cast<uint8_t*>(logit_rows_.data()),
+                                   .num_rows = count,
+                                   .dim = hidden,
+                                   .x_stride = hidden,
+                                   .format = kernels::RowFormat::kFp32},
+                                  *resources_.executor);
   resources_.kernels->rms_norm({.x = logit_rows_.data(),
                                 .weight = final_norm_.data(),
                                 .out = logit_rows_.data(),
@@ -378,6 +402,7 @@ void Model::Logits(std::span<const int32_t> rows, float* logits) {
                                     .x_stride = hidden,
                                     .y_stride = head.rows},
                                    *resources_.executor);
+  return comm::Finish(*resources_.kernels, *resources_.executor);
 }
 
 }  // namespace ternion::runtime

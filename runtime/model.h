@@ -102,9 +102,10 @@ class Model {
   // Runs all layers over the batch and keeps the last hidden rows for Logits. May have no rows.
   absl::Status Forward(const Batch& batch);
 
-  // logits [rows.size(), vocab] of the last batch's rows; at most kMaxLogitRows at a time.
+  // logits [rows.size(), vocab] of the last batch's rows; at most kMaxLogitRows at a time. They lie
+  // in the executor's staging memory, for the host to read.
   static constexpr int64_t kMaxLogitRows = 32;
-  void Logits(std::span<const int32_t> rows, float* logits);
+  absl::Status Logits(std::span<const int32_t> rows, float* logits);
 
   // Other precisions from the next Forward on, over the same weights; its pages have format `kv`.
   // They passed CheckPrecisions.
@@ -129,13 +130,13 @@ class Model {
     int next_layer = 0;  // whose attention comes next
   };
 
+  absl::Status TakeBatch(const Batch& batch);
   absl::Status Advance(const Batch& batch, Part& part);
   absl::Status RunExperts(const Batch& batch, int layer, Part& part, Part& other);
-  void AttentionBlock(const LayerWeights& layer, int index, const Batch& batch, const Part& part);
-  void ProjectHeads(const LayerWeights& layer, const Batch& batch, const Part& part);
-  void NormAndRope(float* vectors, int num_heads, const float* norm, const Batch& batch,
-                   const Part& part);
-  void AttendOverCache(int index, const Batch& batch, const Part& part);
+  void AttentionBlock(const LayerWeights& layer, int index, const Part& part);
+  void ProjectHeads(const LayerWeights& layer, const Part& part);
+  void NormAndRope(float* vectors, int num_heads, const float* norm, const Part& part);
+  void AttendOverCache(int index, const Part& part);
   absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch, const Part& part);
   void RotateHeads(float* vectors, int num_heads, int64_t num_rows);
   void AddOutToHidden(const Part& part);
@@ -165,9 +166,12 @@ class Model {
   base::Array<float> logit_rows_;            // [kMaxLogitRows, hidden]
   kernels::QuantizedBuffer codes_;           // [rows, hidden]
   kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
-  std::vector<const kernels::KvPage*> page_tables_;  // [rows], of the current layer
-  std::vector<const float*> sum_terms_;              // [rows] rows of out_
-  std::vector<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...
+  // What ops read and the host writes.
+  base::Array<int32_t> tokens_, positions_;          // [rows] of the batch
+  base::Array<const kernels::KvPage*> page_tables_;  // [layers, rows]
+  base::Array<int32_t> logit_ids_;                   // [kMaxLogitRows] rows of hidden_
+  base::Array<const float*> sum_terms_;              // [rows] rows of out_
+  base::Array<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...
   experts::FfnWorkspace local_ffn_workspace_;
   std::unique_ptr<experts::MoeContext> moe_;
   BatchRoutingSink routing_sink_;

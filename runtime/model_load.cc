@@ -16,12 +16,18 @@ using kernels::TernaryLayout;
 // Matrices to load, in parallel. Jobs write to distinct places.
 class LoadJobs {
  public:
-  explicit LoadJobs(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
+  // What is loaded moves to the resources' memory.
+  LoadJobs(const Checkpoint& checkpoint, const RankResources& resources)
+      : checkpoint_(checkpoint),
+        memory_(*resources.executor->memory),
+        skips_lines_(resources.kernels->skips_lines) {}
 
   void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out,
                TernaryLayout layout = TernaryLayout::kPanels) {
+    if (!skips_lines_) layout = TernaryLayout::kPanels;
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
       TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, layout));
+      out->MoveTo(memory_);
       return absl::OkStatus();
     });
     bytes_ += kernels::TernaryBytes(rows, columns, layout);
@@ -29,6 +35,7 @@ class LoadJobs {
   void Dense(std::string name, int64_t rows, int64_t columns, OwnedDenseMatrix* out) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
       TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadDense(name, rows, columns));
+      out->MoveTo(memory_);
       return absl::OkStatus();
     });
     bytes_ += rows * columns * 2;
@@ -36,6 +43,7 @@ class LoadJobs {
   void Vector(std::string name, int64_t size, base::Array<float>* out) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
       TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadVector(name, size));
+      out->MoveTo(memory_);
       return absl::OkStatus();
     });
   }
@@ -77,6 +85,8 @@ class LoadJobs {
 
  private:
   const Checkpoint& checkpoint_;
+  base::Memory& memory_;
+  const bool skips_lines_;
   std::vector<std::function<absl::Status()>> jobs_;
   int64_t bytes_ = 0;
 };
@@ -136,7 +146,7 @@ void AddLocalFfn(const ModelConfig& config, const std::string& name, int64_t int
 
 absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress) {
   if (config_.moe()) TERNION_RETURN_IF_ERROR(CheckExperts(checkpoint));
-  LoadJobs jobs(checkpoint);
+  LoadJobs jobs(checkpoint, resources_);
   jobs.Dense("model.embed_tokens.weight", config_.vocab_size, config_.hidden, &embedding_);
   if (!config_.tied_embeddings) {
     jobs.Dense("lm_head.weight", config_.vocab_size, config_.hidden, &head_);

@@ -31,6 +31,7 @@ constexpr Kernels kThisVariant = {
     .pack_codes = PackCodes,
     .unpack_int4 = UnpackInt4,
     .weighted_sum = WeightedSum,
+    .zero = ZeroOut,
 };
 
 }  // namespace

@@ -189,6 +189,10 @@ void WeightedSum(const WeightedSumArgs& args, Executor& executor) {
   });
 }
 
+void ZeroOut(const ZeroArgs& args, Executor&) {
+  std::memset(args.out, 0, static_cast<size_t>(args.count) * sizeof(float));
+}
+
 void Embed(const EmbedArgs& args, Executor& executor) {
   const int64_t dim = args.table.columns;
   ForEachRow(args.num_rows, dim, executor, [&](int64_t row) {

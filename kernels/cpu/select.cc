@@ -15,6 +15,7 @@ Kernels Table(const char* name, const Kernels& float_ops,
               void (*ternary_matmul)(const TernaryMatmulArgs&, Executor&)) {
   Kernels table = float_ops;
   table.name = name;
+  table.skips_lines = true;
   table.wait = NothingToWaitFor;
   table.ternary_matmul = ternary_matmul;
   return table;

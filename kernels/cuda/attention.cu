@@ -138,9 +138,8 @@ __device__ inline void StoreVector(const KvStoreArgs& args, int64_t row, int vec
     return is_key ? d * kPageTokens + slot : int64_t{slot} * head_dim + d;
   };
   if constexpr (kFormat == KvFormat::kBf16) {
-    ForEach(head_dim, [&](int64_t d) {
-      reinterpret_cast<uint16_t*>(data)[index(d)] = ToBf16(x[d]);
-    });
+    ForEach(head_dim,
+            [&](int64_t d) { reinterpret_cast<uint16_t*>(data)[index(d)] = ToBf16(x[d]); });
   } else {
     float* const scale = (is_key ? share.key_scales : share.value_scales) + slot;
     if (position == 0) {
@@ -194,8 +193,8 @@ struct SoftmaxState {
   float factor[kHeads];                // for what was summed under a smaller maximum
 };
 
-// weights[h][token] of `count` tokens become e^(score - largest), and are added to the lanes. By one
-// warp per head.
+// weights[h][token] of `count` tokens become e^(score - largest), and are added to the lanes. By
+// one warp per head.
 __device__ inline void UpdateSoftmax(SoftmaxState& state, int heads, int count) {
   const int lane = threadIdx.x % kWarp;
   for (int h = threadIdx.x / kWarp; h < heads; h += kPageTokens / kWarp) {

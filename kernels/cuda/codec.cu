@@ -95,8 +95,8 @@ __device__ inline float Decode(RowFormat format, const uint8_t* row, int64_t dim
   if (blocks.elements > 0) {
     const float scale = FromBf16(LoadU16(row + i / blocks.elements * 2));
     const uint8_t* codes = row + ScaleBytes(format, dim);
-    const int code = format == RowFormat::kInt8 ? static_cast<int8_t>(codes[i])
-                                                : SignedNibble(codes, i);
+    const int code =
+        format == RowFormat::kInt8 ? static_cast<int8_t>(codes[i]) : SignedNibble(codes, i);
     return static_cast<float>(code) * scale;
   }
   if (format == RowFormat::kBf16) return FromBf16(LoadU16(row + 2 * i));
@@ -118,9 +118,10 @@ __global__ void AddRowsKernel(AddRowsArgs args) {
   float sum = *out;
   for (int32_t j = args.begin[row]; j < args.begin[row + 1]; ++j) {
     const RowTerm term = args.terms[j];
-    const float value = term.format == RowFormat::kFp32
-                            ? static_cast<const float*>(term.row)[i]
-                            : Decode(term.format, static_cast<const uint8_t*>(term.row), args.dim, i);
+    const float value =
+        term.format == RowFormat::kFp32
+            ? static_cast<const float*>(term.row)[i]
+            : Decode(term.format, static_cast<const uint8_t*>(term.row), args.dim, i);
     sum = sum + term.weight * value;
   }
   *out = sum;

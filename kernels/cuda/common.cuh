@@ -98,7 +98,7 @@ __device__ inline float QuietNan() { return __uint_as_float(0x7fc00000); }
 __device__ inline float Max(float a, float b) { return a > b ? a : b; }
 __device__ inline float Min(float a, float b) { return a < b ? a : b; }
 
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23
+constexpr float kRoundMagic = 12582912.0f;                                          // 1.5 * 2^23
 __device__ inline float Round(float x) { return (x + kRoundMagic) - kRoundMagic; }  // |x| <= 2^22
 __device__ inline float Floor(float x) {
   const float nearest = Round(x);
@@ -122,7 +122,8 @@ __device__ inline float Exp(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = (p * (r * r) + r) + 1.0f;
-  return x < kLowest ? 0.0f : __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+  return x < kLowest ? 0.0f
+                     : __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
 // ---- Numbers of two bytes

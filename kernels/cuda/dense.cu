@@ -52,7 +52,7 @@ __device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     // Lanes l and l + 8 are two threads apart, l and l + 4 one; the rest are this thread's.
-    float (&sum)[kLanesOfThread] = sums[r];
+    float(&sum)[kLanesOfThread] = sums[r];
 #pragma unroll
     for (int l = 0; l < kLanesOfThread; ++l) {
       sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 2);
@@ -65,8 +65,7 @@ __device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64
 
 template <typename W>
 __global__ void __launch_bounds__(kDenseThreads) DenseMatmulKernel(DenseMatmulArgs args) {
-  const int64_t output =
-      int64_t{blockIdx.x} * kOutputsOfBlock + threadIdx.x / kThreadsOfOutput;
+  const int64_t output = int64_t{blockIdx.x} * kOutputsOfBlock + threadIdx.x / kThreadsOfOutput;
   const int64_t first = int64_t{blockIdx.y} * kDenseRows;
   const int64_t end = first + kDenseRows < args.num_rows ? first + kDenseRows : args.num_rows;
   if (end - first == kDenseRows) return DotRows<kDenseRows, W>(args, first, output);

@@ -203,6 +203,11 @@ __global__ void WeightedSumKernel(WeightedSumArgs args) {
   *out = sum;
 }
 
+__global__ void ZeroKernel(ZeroArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i < args.count) args.out[i] = 0;
+}
+
 // Blocks of `threads` over rows x elements.
 dim3 Grid(int64_t num_rows, int64_t dim, int threads) {
   return dim3(Blocks(num_rows), Blocks(base::CeilDiv(dim, threads)));
@@ -248,6 +253,11 @@ void GatherRows(const GatherRowsArgs& args, Executor& executor) {
 void WeightedSum(const WeightedSumArgs& args, Executor& executor) {
   const int threads = ThreadsFor(args.dim);
   Launch(WeightedSumKernel, Grid(args.num_rows, args.dim, threads), threads, executor, args);
+}
+
+void Zero(const ZeroArgs& args, Executor& executor) {
+  const int threads = ThreadsFor(args.count);
+  Launch(ZeroKernel, Blocks(base::CeilDiv(args.count, threads)), threads, executor, args);
 }
 
 }  // namespace cuda

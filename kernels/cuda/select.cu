@@ -1,6 +1,4 @@
 // The CUDA table, and the memories of a device.
-#include "kernels/select.h"
-
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "kernels/cuda/variants.h"
+#include "kernels/select.h"
 
 namespace ternion::kernels {
 namespace {
@@ -88,6 +87,7 @@ constexpr Kernels kTable = {
     .pack_codes = cuda::PackCodes,
     .unpack_int4 = cuda::UnpackInt4,
     .weighted_sum = cuda::WeightedSum,
+    .zero = cuda::Zero,
 };
 
 const Kernels* Refuse(std::string reason, std::string* why) {

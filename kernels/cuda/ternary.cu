@@ -1,5 +1,5 @@
-// The ternary product, over panels (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are, and
-// the row's sum of activations is subtracted once.
+// The ternary product, over panels (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
+// and the row's sum of activations is subtracted once.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/variants.h"
 
@@ -18,8 +18,8 @@ struct Groups {
   TernaryGroup group[kMaxGroups];
 };
 
-// 64 bytes of a panel are one block: word r holds 16 codes of row r, four in each 2-bit field. Half a
-// warp reads a block, so that a thread stays with one row of the panel.
+// 64 bytes of a panel are one block: word r holds 16 codes of row r, four in each 2-bit field. Half
+// a warp reads a block, so that a thread stays with one row of the panel.
 template <int R>
 __device__ inline void PanelTile(const QuantizedRows& x, const TernaryGroup& group, int64_t panel,
                                  int64_t first, int32_t (*of_warps)[kTileRows][kPanelRows]) {

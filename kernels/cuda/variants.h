@@ -14,6 +14,7 @@ void Rope(const RopeArgs& args, Executor& executor);
 void Hadamard(const HadamardArgs& args, Executor& executor);
 void GatherRows(const GatherRowsArgs& args, Executor& executor);
 void WeightedSum(const WeightedSumArgs& args, Executor& executor);
+void Zero(const ZeroArgs& args, Executor& executor);
 
 // codec.cu
 void EncodeRows(const EncodeRowsArgs& args, Executor& executor);

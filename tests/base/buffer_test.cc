@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory_resource>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -52,6 +53,52 @@ TEST(Buffer, MovesItsMemory) {
     EXPECT_EQ(third.data(), data);
     EXPECT_EQ(third.size(), bytes);
   }
+}
+
+// Host memory that counts what it has lent out.
+class CountingMemory : public Memory {
+ public:
+  uint8_t* Allocate(size_t bytes) override {
+    lent_bytes += bytes;
+    return HostMemory().Allocate(bytes);
+  }
+  void Free(uint8_t* data, size_t bytes) override {
+    lent_bytes -= bytes;
+    HostMemory().Free(data, bytes);
+  }
+  void Write(const void* from, size_t bytes, void* to) override { std::memcpy(to, from, bytes); }
+  int64_t capacity_bytes() const override { return 0; }
+
+  size_t lent_bytes = 0;
+};
+
+TEST(Buffer, LiesInItsMemoryAndMovesToAnother) {
+  CountingMemory memory, other;
+  {
+    Array<int32_t> array(25, memory);
+    EXPECT_EQ(memory.lent_bytes, 100u);
+    array[24] = 7;
+    const int32_t* data = array.data();
+    array.MoveTo(memory);
+    EXPECT_EQ(array.data(), data);
+    array.MoveTo(other);
+    EXPECT_EQ(array[24], 7);
+    EXPECT_EQ(memory.lent_bytes, 0u);
+    EXPECT_EQ(other.lent_bytes, 100u);
+    Array<int32_t>().MoveTo(other);
+    EXPECT_EQ(other.lent_bytes, 100u);
+  }
+  EXPECT_EQ(other.lent_bytes, 0u);
+}
+
+TEST(Memory, IsAResourceOfContainers) {
+  CountingMemory memory;
+  {
+    std::pmr::vector<int64_t> values(&memory);
+    values.assign(1000, 3);
+    EXPECT_GE(memory.lent_bytes, 8000u);
+  }
+  EXPECT_EQ(memory.lent_bytes, 0u);
 }
 
 TEST(Array, CountsElements) {

@@ -27,10 +27,10 @@ struct uint3 {
 };
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-extern thread_local uint3 threadIdx, blockIdx;
-extern thread_local dim3 blockDim, gridDim;
+extern constinit thread_local uint3 threadIdx, blockIdx;
+extern constinit thread_local dim3 blockDim, gridDim;
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -140,8 +140,13 @@ cudaError_t cudaDeviceSynchronize();
 namespace ternion::emulator {
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
-// A kernel's argument, byte by byte: whether it holds an address that no device reaches.
-void CheckArgument(const void* argument, size_t bytes);
+// Whether a kernel's argument holds an address that no device reaches.
+void CheckBytes(const void* argument, size_t bytes);
+template <typename T>
+void CheckArgument(T argument) {
+  __builtin_clear_padding(&argument);  // where old pointers may lie
+  CheckBytes(&argument, sizeof(argument));
+}
 
 }  // namespace ternion::emulator
 
@@ -149,7 +154,6 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  std::apply([](const auto&... v) { (ternion::emulator::CheckArgument(&v, sizeof(v)), ...); },
-             values);
+  std::apply([](const auto&... v) { (ternion::emulator::CheckArgument(v), ...); }, values);
   return ternion::emulator::Launch(*config, [=] { std::apply(kernel, values); });
 }

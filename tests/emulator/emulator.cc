@@ -3,6 +3,11 @@
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -11,8 +16,8 @@
 #include <mutex>
 #include <vector>
 
-thread_local uint3 threadIdx, blockIdx;
-thread_local dim3 blockDim, gridDim;
+constinit thread_local uint3 threadIdx, blockIdx;
+constinit thread_local dim3 blockDim, gridDim;
 
 namespace ternion::emulator {
 namespace {
@@ -74,6 +79,7 @@ struct Warp {
 struct Fiber {
   std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
   void* stack_pointer = nullptr;
+  void* frames = nullptr;  // the address sanitizer's
   uint3 index;
   int number = 0;
   uint64_t exchanges = 0;
@@ -82,23 +88,58 @@ struct Fiber {
   bool done = false;
 };
 
+// A stack that is not running, as the address sanitizer knows it.
+struct Stack {
+  void* pointer = nullptr;
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* frames = nullptr;
+};
+
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
-  void* scheduler = nullptr;  // its stack pointer
+  Stack scheduler;
 };
 
 thread_local Block block;
 
+// On each side of a switch the sanitizer hears of it.
+void Leave([[maybe_unused]] void** frames, [[maybe_unused]] const void* bottom,
+           [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(frames, bottom, bytes);
+#endif
+}
+void Arrive([[maybe_unused]] void* frames, [[maybe_unused]] Stack* from) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(frames, &bottom, &bytes);
+  if (from != nullptr) from->bottom = bottom, from->bytes = bytes;
+#endif
+}
+
+void Resume(Fiber& fiber) {
+  block.current = &fiber;
+  threadIdx = fiber.index;
+  Leave(&block.scheduler.frames, fiber.stack.get(), kStackBytes);
+  ternion_emulator_switch(&block.scheduler.pointer, fiber.stack_pointer);
+  Arrive(block.scheduler.frames, nullptr);
+}
+
 void Yield() {
   Fiber& self = *block.current;
-  ternion_emulator_switch(&self.stack_pointer, block.scheduler);
+  Leave(&self.frames, block.scheduler.bottom, block.scheduler.bytes);
+  ternion_emulator_switch(&self.stack_pointer, block.scheduler.pointer);
+  Arrive(self.frames, &block.scheduler);
 }
 
 void FiberMain() {
+  Arrive(nullptr, &block.scheduler);
   Fiber& self = *block.current;
   (*block.body)();
   self.done = true;
@@ -118,8 +159,12 @@ void WaitAt(Barrier& barrier) {
 }
 
 void Prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // what the last one left
+#endif
   // As if FiberMain's first instruction had just been called: 8 bytes past a multiple of 16.
-  const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
+  const uintptr_t top =
+      reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
   void** slots = reinterpret_cast<void**>(top) - 2;
   slots[0] = reinterpret_cast<void*>(&FiberMain);
   fiber.stack_pointer = slots - 6;  // registers that the switch restores
@@ -151,9 +196,7 @@ void RunBlock(int num_threads) {
       Fiber& fiber = block.fibers[i];
       if (!CanGoOn(fiber)) continue;
       progress = true;
-      block.current = &fiber;
-      threadIdx = fiber.index;
-      ternion_emulator_switch(&block.scheduler, fiber.stack_pointer);
+      Resume(fiber);
     }
   }
 }
@@ -179,9 +222,10 @@ void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
 class Arena {
  public:
   Arena() {
-    base_ = static_cast<uint8_t*>(mmap(nullptr, kReserved, PROT_NONE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    base_ = static_cast<uint8_t*>(
+        mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base_ == MAP_FAILED) Fail("no address space");
+    madvise(base_, kReserved, MADV_HUGEPAGE);  // access is opened and closed often
   }
 
   bool Holds(uintptr_t address) const {
@@ -281,7 +325,7 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> threa
   return cudaSuccess;
 }
 
-void CheckArgument(const void* argument, size_t bytes) {
+void CheckBytes(const void* argument, size_t bytes) {
   Device& device = TheDevice();
   if (!device.strict) return;
   for (size_t i = 0; i + sizeof(uintptr_t) <= bytes; i += sizeof(uintptr_t)) {
@@ -343,7 +387,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {"emulated device", 9, 0, 4, size_t{4} << 30};
+  *properties = {"emulated device", 9, 0, 4, size_t{256} << 20};
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -37,6 +37,8 @@ TEST(Select, EveryAvailableNameHasAFullTable) {
     EXPECT_NE(kernels->pack_codes, nullptr);
     EXPECT_NE(kernels->unpack_int4, nullptr);
     EXPECT_NE(kernels->weighted_sum, nullptr);
+    EXPECT_NE(kernels->zero, nullptr);
+    EXPECT_NE(kernels->wait, nullptr);
   }
 }
 

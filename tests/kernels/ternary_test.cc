@@ -316,10 +316,9 @@ TEST(Matmul, VariantsAgreeOnGroups) {
       const int64_t count = static_cast<int64_t>(g % 3 == 1 ? 0 : rng() % 70);
       const int64_t begin = static_cast<int64_t>(rng() % (num_rows - count + 1));
       const int64_t rows = 1 + static_cast<int64_t>(rng() % 100);
-      groups.emplace_back(
-          Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f,
-               trial % 2 == 0 ? kLayouts[g / 3] : TernaryLayout::kPanels),
-          begin, count);
+      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f,
+                               trial % 2 == 0 ? kLayouts[g / 3] : TernaryLayout::kPanels),
+                          begin, count);
     }
     ExpectAllEqual(x.view, groups, "trial " + std::to_string(trial));
   }

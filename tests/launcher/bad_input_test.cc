@@ -385,9 +385,7 @@ const Case kCases[] = {
     {"DispatchBelowTheActivations", Flags({"--wire-dispatch", "int4"}), {"int4 dispatch"}},
     {"HugeKv", Flags({"--kv-tokens", "1099511627776"}), {"KV"}},
     {"NcclTransport", Flags({"--transport", "nccl"}), {"NCCL"}},
-#ifndef TERNION_HAS_CUDA
     {"CudaDevice", Flags({"--device", "cuda"}), {"cuda"}},
-#endif
 
     // Output.
     {"JsonIntoNowhere",

@@ -1,0 +1,76 @@
+// `--device cuda` on the emulated device: the same bits as on the CPU, whatever the exchange.
+#include <ostream>
+#include <string>
+
+#include "gtest/gtest.h"
+#include "tests/launcher/command.h"
+
+namespace ternion::launcher {
+namespace {
+
+struct Case {
+  std::string name;
+  int ranks;
+  std::string model;
+  Strings flags;
+
+  friend std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
+};
+
+class CudaDevice : public testing::TestWithParam<Case> {};
+
+// The report of a run on `device`.
+Json ReportOf(const Case& c, const std::string& device, const TempDir& place) {
+  const std::string json = place.path(device + ".json");
+  WriteText(
+      place.path("prompts.txt"),
+      "Candle, n. 1. A\nThe ship was\nIt was the best of times, it was the worst of times; it "
+      "was the age of wisdom, it was the age of foolishness, it was the epoch of belief\n");
+  Strings arguments = {"run",
+                       "--model",
+                       SourcePath("models/" + c.model),
+                       "--device",
+                       device,
+                       "--prompt-file",
+                       place.path("prompts.txt"),
+                       "--max-tokens",
+                       "5",
+                       "--temperature",
+                       "0",
+                       "--json",
+                       json};
+  arguments.insert(arguments.end(), c.flags.begin(), c.flags.end());
+  const CommandResult result = RunTernion(c.ranks, arguments);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  return result.exit_code == 0 ? ReadJson(json) : Json();
+}
+
+TEST_P(CudaDevice, GivesTheBitsOfTheCpu) {
+  TempDir place;
+  const Json cpu = ReportOf(GetParam(), "cpu", place);
+  const Json cuda = ReportOf(GetParam(), "cuda", place);
+  ASSERT_TRUE(cpu.contains("logits_hash") && cuda.contains("logits_hash"));
+  EXPECT_EQ(cuda["logits_hash"], cpu["logits_hash"]);
+  ASSERT_EQ(cuda["prompts"].size(), cpu["prompts"].size());
+  for (size_t i = 0; i < cpu["prompts"].size(); ++i) {
+    EXPECT_EQ(cuda["prompts"][i]["token_ids"], cpu["prompts"][i]["token_ids"]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Exchanges, CudaDevice,
+    testing::Values(Case{"OneRank", 1, "tiny", {"--wire", "exact"}},
+                    Case{"TwoRanksExact", 2, "tiny", {"--wire", "exact"}},
+                    Case{"ThreeRanks", 3, "tiny", {}},
+                    Case{"MicroBatches", 3, "tiny-a48", {"--micro-batches", "2"}},
+                    Case{"Int4BothWays", 2, "tiny-a48", {"--wire-combine", "int4"}},
+                    Case{"FloatDispatch",
+                         2,
+                         "tiny",
+                         {"--wire-dispatch", "bf16", "--wire-combine", "int8", "--kv", "int4"}},
+                    Case{
+                        "Hierarchical", 2, "tiny", {"--kv", "int8", "--exchange", "hierarchical"}}),
+    [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace ternion::launcher
