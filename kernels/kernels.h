@@ -286,7 +286,9 @@ struct ZeroArgs {
 
 struct Kernels {
   const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
-  // ternary_matmul takes kRows and kColumns, too, and reads less of them where it can.
+  // What ternary_matmul takes: this layout and, with skips_lines, kRows and kColumns, of which it
+  // reads less where it can.
+  TernaryLayout layout = TernaryLayout::kPanels;
   bool skips_lines = false;
   // Returns when all ops called so far are done. Null, or what went wrong with one of them (a
   // device fails for good).

@@ -148,6 +148,30 @@ __m128i PackColumns(const Source& source, int64_t row_begin, int64_t row_end,
   return threes;
 }
 
+// Packs rows [row_begin, row_end) into tiles.
+template <typename Source>
+__m128i PackTiles(const Source& source, int64_t row_begin, int64_t row_end,
+                  OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  __m128i threes = _mm_setzero_si128();
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t column = 0; column < view.columns; column += kBlockColumns) {
+      const __m128i codes = source.Codes(row, column);
+      NoteThrees(threes, codes);
+      alignas(16) uint32_t quads[4];
+      _mm_store_si128(reinterpret_cast<__m128i*>(quads), codes);
+      const TernaryMatrix::Place place = view.PlaceOf(row, column);
+      uint32_t words[2];
+      uint8_t* out = matrix.codes.data() + place.byte;
+      std::memcpy(words, out, sizeof(words));  // the row eight below may be there
+      words[0] |= (quads[0] | quads[1] << 4) << place.bit;
+      words[1] |= (quads[2] | quads[3] << 4) << place.bit;
+      std::memcpy(out, words, sizeof(words));
+    }
+  }
+  return threes;
+}
+
 // `threes` is the OR of c & (c >> 1) over codes c.
 bool NoThrees(__m128i threes) {
   const __m128i found = _mm_and_si128(threes, _mm_set1_epi8(0x55));
@@ -160,6 +184,9 @@ bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end,
                   OwnedTernaryMatrix& matrix) {
   if (matrix.view.layout == TernaryLayout::kColumns) {
     return NoThrees(PackColumns(source, row_begin, row_end, matrix));
+  }
+  if (matrix.view.layout == TernaryLayout::kTiles) {
+    return NoThrees(PackTiles(source, row_begin, row_end, matrix));
   }
   __m128i threes = _mm_setzero_si128();
   for (int64_t row = row_begin; row < row_end;) {
@@ -279,7 +306,8 @@ void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end,
 bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
               OwnedTernaryMatrix& matrix) {
   const int64_t rows = matrix.view.rows, packed_rows = base::CeilDiv(rows, 4);
-  if (row_begin == 0 && row_end == rows && rows == 4 * packed_rows) {
+  const bool tiles = matrix.view.layout == TernaryLayout::kTiles;
+  if (row_begin == 0 && row_end == rows && rows == 4 * packed_rows && !tiles) {
     const bool columns = matrix.view.layout == TernaryLayout::kColumns;
     if (columns && packed_rows % kPanelRows == 0) {
       return RepackWholeColumns(packed, packed_rows, matrix);
@@ -302,9 +330,8 @@ bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
 void UnpackTernary(const TernaryMatrix& matrix, int8_t* weights) {
   for (int64_t row = 0; row < matrix.rows; ++row) {
     for (int64_t column = 0; column < matrix.columns; ++column) {
-      const uint8_t* granule = matrix.codes + matrix.GranuleOffset(row, column);
-      const int64_t place = matrix.PlaceInGranule(row, column);
-      const int code = granule[place % kGranuleBytes] >> (place / kGranuleBytes * 2) & 3;
+      const TernaryMatrix::Place place = matrix.PlaceOf(row, column);
+      const int code = matrix.codes[place.byte] >> place.bit & 3;
       weights[row * matrix.columns + column] = static_cast<int8_t>(code - 1);
     }
   }

@@ -22,6 +22,15 @@
 // kColumns, when many inputs are 0 (down of a relu2 feed-forward): a line per input column.
 //   line c, bytes 4p .. 4p+3: the granule of column c along rows 16p .. 16p+15
 //
+// kTiles, for tensor cores. A panel is a run of 256-byte blocks, one per 64 input columns; a block
+// is eight bytes for each thread of a warp: its A operands of two products with 32 columns (PTX
+// ISA, mma.m16n8k32 with 8-bit elements). Thread t has rows g = t / 4 and g + 8 of the panel and,
+// of a block's columns, sixteen in a row: as the order of a product's columns is free, these are
+// the B operands that one 16-byte load of activations gives.
+//   block b, bytes 8t + 4i .. 8t + 4i + 3 (i = 0, 1), byte j, with c = 64b + 16 (t % 4) + 8i + j:
+//      bits   7 6           |  5 4         |  3 2        | 1 0
+//      code   g + 8, c + 4  |  g, c + 4    |  g + 8, c   | g, c
+//
 // Lines are padded to 64 bytes and their number to 16. All that lies past the matrix is code 0;
 // activations there are 0, and outputs there are not stored.
 #pragma once
@@ -41,15 +50,23 @@ inline constexpr int kGranuleCodes = 16;
 inline constexpr int kGranuleBytes = 4;
 inline constexpr int kLineBytes = 64;  // lines of kRows and kColumns are multiples of it
 inline constexpr int kLineCodes = kLineBytes / kGranuleBytes * kGranuleCodes;
+inline constexpr int kTileColumns = 64;  // of a block of kTiles
+inline constexpr int kTileBytes = 256;
 
 // Largest number of input columns: the in-place masked accumulators hold 64 * 2 * 128 per product.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 16;
 
-enum class TernaryLayout : uint8_t { kPanels, kRows, kColumns };
+enum class TernaryLayout : uint8_t { kPanels, kRows, kColumns, kTiles };
+
+// Whether rows stand together in panels of kPanelRows.
+constexpr bool InPanels(TernaryLayout layout) {
+  return layout == TernaryLayout::kPanels || layout == TernaryLayout::kTiles;
+}
 
 // Bytes of one panel, or of one line, of a [rows, columns] matrix.
 constexpr int64_t TernaryStrideBytes(int64_t rows, int64_t columns, TernaryLayout layout) {
   if (layout == TernaryLayout::kPanels) return base::CeilDiv(columns, kBlockColumns) * kBlockBytes;
+  if (layout == TernaryLayout::kTiles) return base::CeilDiv(columns, kTileColumns) * kTileBytes;
   const int64_t codes = layout == TernaryLayout::kRows ? columns : rows;
   return base::CeilDiv(codes, kLineCodes) * kLineBytes;
 }
@@ -58,7 +75,7 @@ constexpr int64_t TernaryStrideBytes(int64_t rows, int64_t columns, TernaryLayou
 constexpr int64_t TernaryBytes(int64_t rows, int64_t columns,
                                TernaryLayout layout = TernaryLayout::kPanels) {
   const int64_t stride = TernaryStrideBytes(rows, columns, layout);
-  if (layout == TernaryLayout::kPanels) return base::CeilDiv(rows, kPanelRows) * stride;
+  if (InPanels(layout)) return base::CeilDiv(rows, kPanelRows) * stride;
   return base::RoundUp(layout == TernaryLayout::kRows ? rows : columns, 16) * stride;
 }
 
@@ -77,7 +94,7 @@ struct TernaryMatrix {
   constexpr int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
   constexpr int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
 
-  // First byte of the granule that holds the code of (row, column), and that code's place in it.
+  // First byte of the granule that holds the code of (row, column). Not for kTiles.
   int64_t GranuleOffset(int64_t row, int64_t column) const {
     const int64_t panel = row / kPanelRows, block = column / kBlockColumns;
     switch (layout) {
@@ -89,8 +106,22 @@ struct TernaryMatrix {
         return column * stride_bytes() + panel * kGranuleBytes;
     }
   }
-  int64_t PlaceInGranule(int64_t row, int64_t column) const {
-    return (layout == TernaryLayout::kColumns ? row : column) % kGranuleCodes;
+
+  // Where the code of (row, column) stands: its byte, and its lowest bit there.
+  struct Place {
+    int64_t byte = 0;
+    int bit = 0;
+  };
+  Place PlaceOf(int64_t row, int64_t column) const {
+    if (layout == TernaryLayout::kTiles) {
+      const int64_t block = row / kPanelRows * stride_bytes() + column / kTileColumns * kTileBytes;
+      const int64_t thread = row % 8 * 4 + column % kTileColumns / 16;
+      const int64_t field = column % 8 / 4 * 2 + row % kPanelRows / 8;
+      return {block + thread * 8 + column % 16 / 8 * 4 + column % 4, static_cast<int>(2 * field)};
+    }
+    const int64_t code = (layout == TernaryLayout::kColumns ? row : column) % kGranuleCodes;
+    return {GranuleOffset(row, column) + code % kGranuleBytes,
+            static_cast<int>(code / kGranuleBytes * 2)};
   }
 };
 

@@ -20,11 +20,12 @@ class LoadJobs {
   LoadJobs(const Checkpoint& checkpoint, const RankResources& resources)
       : checkpoint_(checkpoint),
         memory_(*resources.executor->memory),
+        layout_(resources.kernels->layout),
         skips_lines_(resources.kernels->skips_lines) {}
 
   void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out,
                TernaryLayout layout = TernaryLayout::kPanels) {
-    if (!skips_lines_) layout = TernaryLayout::kPanels;
+    if (layout == TernaryLayout::kPanels || !skips_lines_) layout = layout_;
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
       TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, layout));
       out->MoveTo(memory_);
@@ -86,6 +87,7 @@ class LoadJobs {
  private:
   const Checkpoint& checkpoint_;
   base::Memory& memory_;
+  const TernaryLayout layout_;
   const bool skips_lines_;
   std::vector<std::function<absl::Status()>> jobs_;
   int64_t bytes_ = 0;

@@ -68,6 +68,7 @@ const char* Wait(Executor& executor) {
 
 constexpr Kernels kTable = {
     .name = "cuda",
+    .layout = TernaryLayout::kTiles,
     .wait = Wait,
     .rms_norm = cuda::RmsNorm,
     .quantize = cuda::Quantize,

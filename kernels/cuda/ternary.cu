@@ -1,6 +1,7 @@
-// The ternary product, over panels (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
+// The ternary product, over tiles (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
 // and the row's sum of activations is subtracted once.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/variants.h"
 
 namespace ternion::kernels {
@@ -10,7 +11,8 @@ namespace {
 
 constexpr int kMatmulThreads = 256;
 constexpr int kMatmulWarps = kMatmulThreads / kWarp;
-constexpr int kTileRows = 4;  // rows of x that pass over weights in registers
+constexpr int kProductRows = 8;  // rows of x in one product of a warp
+constexpr int kMaxProducts = 4;  // that share their weights
 
 // As many groups as fit into the parameters of one launch.
 constexpr int kMaxGroups = 32;
@@ -18,64 +20,82 @@ struct Groups {
   TernaryGroup group[kMaxGroups];
 };
 
-// 64 bytes of a panel are one block: word r holds 16 codes of row r, four in each 2-bit field. Half
-// a warp reads a block, so that a thread stays with one row of the panel.
-template <int R>
-__device__ inline void PanelTile(const QuantizedRows& x, const TernaryGroup& group, int64_t panel,
-                                 int64_t first, int32_t (*of_warps)[kTileRows][kPanelRows]) {
-  const int half_warp = threadIdx.x / kPanelRows;
-  const int panel_row = threadIdx.x % kPanelRows;
-  const int64_t num_blocks = group.weights.num_blocks();
-  const uint32_t* words =
-      reinterpret_cast<const uint32_t*>(group.weights.codes + panel * num_blocks * kBlockBytes);
-  const int8_t* codes = x.codes + (group.row_begin + first) * x.stride;
-  int32_t sums[R] = {};
-  for (int64_t b = half_warp; b < num_blocks; b += kMatmulThreads / kPanelRows) {
-    const uint32_t word = words[b * kPanelRows + panel_row];
-    int w[4];
+// Field f of each byte is operand f of the product: see kTiles.
+__device__ inline void UnpackTile(uint32_t word, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int f = 0; f < 4; ++f) w[f] = static_cast<int>(word >> 2 * f & 0x03030303);
+  for (int f = 0; f < 4; ++f) a[f] = word >> 2 * f & 0x03030303;
+}
+
+// One panel times N * kProductRows rows of x from `first` on, some of which may lie behind the
+// group's last. The block's warps share the columns.
+template <int N>
+__device__ inline void PanelTimesRows(
+    const QuantizedRows& x, const TernaryGroup& group, int64_t panel, int64_t first,
+    int32_t (*of_warps)[kMaxProducts * kProductRows][kPanelRows]) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int g = lane / 4, q = lane % 4;
+  const int64_t num_blocks = base::CeilDiv(group.weights.columns, kTileColumns);
+  const uint2* tiles = reinterpret_cast<const uint2*>(group.weights.codes) +
+                       panel * num_blocks * (kTileBytes / sizeof(uint2)) + lane;
+  const int8_t* codes[N];
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int4 v = *reinterpret_cast<const int4*>(codes + r * x.stride + b * kBlockColumns);
-      sums[r] = __dp4a(w[0], v.x, sums[r]);
-      sums[r] = __dp4a(w[1], v.y, sums[r]);
-      sums[r] = __dp4a(w[2], v.z, sums[r]);
-      sums[r] = __dp4a(w[3], v.w, sums[r]);
+  for (int n = 0; n < N; ++n) {
+    const int64_t row = first + n * kProductRows + g;
+    const int64_t last = group.num_rows - 1;
+    codes[n] = x.codes + (group.row_begin + (row < last ? row : last)) * x.stride + 16 * q;
+  }
+  int32_t sums[N][4] = {};
+#pragma unroll 4
+  for (int64_t b = warp; b < num_blocks; b += kMatmulWarps) {
+    const uint2 words = tiles[b * (kTileBytes / sizeof(uint2))];
+    uint32_t left[4], right[4];
+    UnpackTile(words.x, left);
+    UnpackTile(words.y, right);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes[n] + b * kTileColumns);
+      MultiplyTile(left, {v.x, v.y}, sums[n]);
+      MultiplyTile(right, {v.z, v.w}, sums[n]);
     }
   }
-  const int warp = threadIdx.x / kWarp;
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    sums[r] += __shfl_xor_sync(kFullWarp, sums[r], kPanelRows);
-    if (threadIdx.x % kWarp < kPanelRows) of_warps[warp][r][panel_row] = sums[r];
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      of_warps[warp][n * kProductRows + 2 * q + i % 2][g + i / 2 * 8] = sums[n][i];
+    }
   }
   __syncthreads();
-  if (threadIdx.x < R * kPanelRows) {
-    const int64_t r = threadIdx.x / kPanelRows;
-    const int64_t output = panel * kPanelRows + panel_row;
-    int32_t sum = -x.sums[group.row_begin + first + r];
-    for (int i = 0; i < kMatmulWarps; ++i) sum += of_warps[i][r][panel_row];
-    if (output < group.weights.rows) {
-      group.y[(first + r) * group.y_stride + output] =
-          static_cast<float>(sum) * (group.weights.scale * x.scales[group.row_begin + first + r]);
-    }
-  }
+  ForEach(N * kProductRows * kPanelRows, [&](int64_t i) {
+    const int64_t r = i / kPanelRows, panel_row = i % kPanelRows;
+    const int64_t row = first + r, output = panel * kPanelRows + panel_row;
+    if (row >= group.num_rows || output >= group.weights.rows) return;
+    const int64_t x_row = group.row_begin + row;
+    int32_t sum = -x.sums[x_row];
+    for (int w = 0; w < kMatmulWarps; ++w) sum += of_warps[w][r][panel_row];
+    group.y[row * group.y_stride + output] =
+        static_cast<float>(sum) * (group.weights.scale * x.scales[x_row]);
+  });
   __syncthreads();
 }
 
 // A block per panel and group.
 __global__ void __launch_bounds__(kMatmulThreads)
     TernaryMatmulKernel(QuantizedRows x, Groups groups) {
-  __shared__ int32_t of_warps[kMatmulWarps][kTileRows][kPanelRows];
+  __shared__ int32_t of_warps[kMatmulWarps][kMaxProducts * kProductRows][kPanelRows];
   const TernaryGroup& group = groups.group[blockIdx.y];
   const int64_t panel = blockIdx.x;
   if (panel >= group.weights.num_panels()) return;
-  int64_t row = 0;
-  for (; row + kTileRows <= group.num_rows; row += kTileRows) {
-    PanelTile<kTileRows>(x, group, panel, row, of_warps);
+  for (int64_t row = 0; row < group.num_rows; row += kMaxProducts * kProductRows) {
+    const int64_t left = group.num_rows - row;
+    if (left <= kProductRows) {
+      PanelTimesRows<1>(x, group, panel, row, of_warps);
+    } else if (left <= 2 * kProductRows) {
+      PanelTimesRows<2>(x, group, panel, row, of_warps);
+    } else {
+      PanelTimesRows<kMaxProducts>(x, group, panel, row, of_warps);
+    }
   }
-  for (; row < group.num_rows; ++row) PanelTile<1>(x, group, panel, row, of_warps);
 }
 
 }  // namespace

@@ -49,17 +49,18 @@ namespace ternion::emulator {
 
 void BlockBarrier();
 void WarpBarrier();
-// Gives `bits` to the warp and returns what `lane` gave.
-uint64_t FromLane(uint64_t bits, int lane);
+// Gives words to the warp and returns what all lanes gave, until the call after the next.
+constexpr int kWords = 6;
+using WordsOfWarp = const uint32_t (*)[kWords];
+WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]);
 int LaneOfThread();
 
 template <typename T>
 T ShuffleFrom(T value, int lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = FromLane(bits, lane);
-  std::memcpy(&value, &bits, sizeof(T));
+  uint32_t words[kWords] = {};
+  std::memcpy(words, &value, sizeof(T));
+  std::memcpy(&value, ExchangeWords(words)[lane], sizeof(T));
   return value;
 }
 

@@ -8,6 +8,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -73,7 +74,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  uint64_t given[2][kWarpThreads] = {};  // by turns: nobody writes what is still being read
+  uint32_t given[2][kWarpThreads][kWords] = {};  // by turns: nobody writes what is being read
 };
 
 struct Fiber {
@@ -303,13 +304,13 @@ void BlockBarrier() { WaitAt(block.barrier); }
 void WarpBarrier() { WaitAt(block.warps[block.current->number / kWarpThreads].barrier); }
 int LaneOfThread() { return block.current->number % kWarpThreads; }
 
-uint64_t FromLane(uint64_t bits, int lane) {
+WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]) {
   Fiber& self = *block.current;
   Warp& warp = block.warps[self.number / kWarpThreads];
-  uint64_t* const given = warp.given[self.exchanges++ % 2];
-  given[self.number % kWarpThreads] = bits;
+  auto* const given = warp.given[self.exchanges++ % 2];
+  std::copy(words, words + kWords, given[self.number % kWarpThreads]);
   WaitAt(warp.barrier);
-  return given[lane];
+  return given;
 }
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {

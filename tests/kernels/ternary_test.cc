@@ -32,8 +32,11 @@ std::vector<int8_t> RandomTernary(int64_t count, std::mt19937& rng) {
 // So many rows or less skip lines that add nothing to any of them, in all variants.
 constexpr int64_t kFewRows = 8;
 
+// Those that the CPU multiplies, then all.
 constexpr TernaryLayout kLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
                                       TernaryLayout::kColumns};
+constexpr TernaryLayout kAllLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
+                                         TernaryLayout::kColumns, TernaryLayout::kTiles};
 
 OwnedTernaryMatrix Pack(const std::vector<int8_t>& weights, int64_t rows, int64_t columns,
                         float scale, TernaryLayout layout = TernaryLayout::kPanels) {
@@ -86,9 +89,21 @@ TEST(Packing, LinesAreAsDocumented) {
   }
 }
 
+TEST(Packing, TilesAreAsDocumented) {
+  std::vector<int8_t> weights(32 * 128, -1);
+  // Panel 1, its row 11 = g + 8 with g = 3; block 1, column 16 * 2 + 8 + 4 + 1: thread 4 * 3 + 2,
+  // i = 1, byte 1, bits 7 6.
+  weights[27 * 128 + 64 + 45] = 1;
+  const OwnedTernaryMatrix matrix = Pack(weights, 32, 128, 1.0f, TernaryLayout::kTiles);
+  ASSERT_EQ(matrix.view.bytes(), 4 * kTileBytes);
+  for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
+    EXPECT_EQ(matrix.view.codes[i], i == 3 * kTileBytes + 8 * 14 + 4 + 1 ? 2 << 6 : 0) << i;
+  }
+}
+
 TEST(Packing, RoundTrip) {
   std::mt19937 rng(1);
-  for (TernaryLayout layout : kLayouts) {
+  for (TernaryLayout layout : kAllLayouts) {
     for (int64_t rows : kOddRows) {
       for (int64_t columns : kOddColumns) {
         const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
@@ -106,7 +121,7 @@ TEST(Packing, RowRangesAreIndependent) {
   const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
   const std::vector<uint8_t> packed = PackHf(weights, rows, columns);
   const int64_t bounds[] = {0, 2, 19, 32, 53};
-  for (TernaryLayout layout : kLayouts) {
+  for (TernaryLayout layout : kAllLayouts) {
     OwnedTernaryMatrix from_int8 = MakeTernaryMatrix(rows, columns, 1, layout);
     OwnedTernaryMatrix from_hf = MakeTernaryMatrix(rows, columns, 1, layout);
     for (int i : {3, 0, 2, 1}) {
@@ -120,7 +135,7 @@ TEST(Packing, RowRangesAreIndependent) {
 
 TEST(Packing, FromHf) {
   std::mt19937 rng(3);
-  for (TernaryLayout layout : kLayouts) {
+  for (TernaryLayout layout : kAllLayouts) {
     for (int64_t rows : kOddRows) {
       for (int64_t columns : kOddColumns) {
         const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
@@ -138,7 +153,7 @@ TEST(Packing, FromHf) {
 
 TEST(Packing, FromHfRefusesCodeThree) {
   std::mt19937 rng(4);
-  for (TernaryLayout layout : kLayouts) {
+  for (TernaryLayout layout : kAllLayouts) {
     for (int64_t rows : {3, 17, 64}) {
       const int64_t columns = 24, packed_rows = base::CeilDiv(rows, 4);
       const std::vector<int8_t> weights = RandomTernary(rows * columns, rng);
@@ -164,7 +179,7 @@ TEST(Packing, FromHfIgnoresFieldsWithoutRows) {
     packed[c] |= 0xc0;
     packed[columns + c] |= 0xf0;
   }
-  for (TernaryLayout layout : kLayouts) {
+  for (TernaryLayout layout : kAllLayouts) {
     OwnedTernaryMatrix matrix = MakeTernaryMatrix(rows, columns, 1, layout);
     EXPECT_TRUE(RepackHf(packed.data(), 0, rows, matrix));
     EXPECT_EQ(Unpack(matrix.view), weights);
@@ -238,13 +253,16 @@ void ExpectAllEqual(const QuantizedRows& x, std::vector<Group>& groups, const st
       }
     }
   }
-  const bool panels = std::all_of(groups.begin(), groups.end(), [](const Group& group) {
-    return group.matrix.view.layout == TernaryLayout::kPanels;
-  });
   Executor of_device;
-  const Kernels* cuda = panels ? CudaVariant(of_device) : nullptr;
+  const Kernels* cuda = CudaVariant(of_device);
   if (cuda == nullptr) return;
-  ASSERT_EQ(Product(*cuda, of_device, x, groups), expected) << "CUDA: " << what;
+  std::vector<Group> packed_anew;
+  for (const Group& group : groups) {
+    const TernaryMatrix& view = group.matrix.view;
+    packed_anew.emplace_back(Pack(Unpack(view), view.rows, view.columns, view.scale, cuda->layout),
+                             group.group.row_begin, group.group.num_rows);
+  }
+  ASSERT_EQ(Product(*cuda, of_device, x, packed_anew), expected) << "CUDA: " << what;
 }
 
 // The scalar variant against the definition.
@@ -316,9 +334,9 @@ TEST(Matmul, VariantsAgreeOnGroups) {
       const int64_t count = static_cast<int64_t>(g % 3 == 1 ? 0 : rng() % 70);
       const int64_t begin = static_cast<int64_t>(rng() % (num_rows - count + 1));
       const int64_t rows = 1 + static_cast<int64_t>(rng() % 100);
-      groups.emplace_back(Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f,
-                               trial % 2 == 0 ? kLayouts[g / 3] : TernaryLayout::kPanels),
-                          begin, count);
+      groups.emplace_back(
+          Pack(RandomTernary(rows * columns, rng), rows, columns, 0.1f, kLayouts[g / 3]), begin,
+          count);
     }
     ExpectAllEqual(x.view, groups, "trial " + std::to_string(trial));
   }
