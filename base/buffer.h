@@ -25,6 +25,7 @@ class Buffer {
   uint8_t* data() { return data_; }
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  const Memory* memory() const { return memory_; }
 
   // Moves what lies on the host into `memory`; nothing happens if that is the host's own.
   void MoveTo(Memory& memory);

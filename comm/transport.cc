@@ -40,6 +40,7 @@ void MessagePool::UseMemory(base::Memory& memory) {
 void MessagePool::Recycle(Message message) {
   if (message.memory.size() == 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
+  if (message.memory.memory() != memory_) return;  // it was under way during UseMemory
   free_[std::countr_zero(message.memory.size())].push_back(std::move(message.memory));
 }
 

@@ -14,6 +14,25 @@ FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate, base::Mem
       scales_(max_rows, memory),
       sums_(max_rows, memory) {}
 
+void ActivateFfn(const kernels::Kernels& kernels, kernels::Executor& executor,
+                 const FfnConfig& config, float* gate, const float* up,
+                 const kernels::QuantizedRows& out) {
+  kernels.glu({.gate = gate,
+               .up = up,
+               .out = gate,
+               .num_rows = out.num_rows,
+               .dim = config.intermediate,
+               .stride = config.intermediate,
+               .activation = config.activation},
+              executor);
+  kernels.quantize({.x = gate,
+                    .weight = config.sub_norm,
+                    .out = out,
+                    .x_stride = config.intermediate,
+                    .eps = config.eps},
+                   executor);
+}
+
 void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,
             const kernels::QuantizedRows& x, std::span<const FfnGroup> groups,
             FfnWorkspace& workspace, float* y) {
@@ -42,23 +61,10 @@ void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const 
   }
   multiply(x);
 
-  kernels.glu({.gate = gate,
-               .up = up,
-               .out = gate,
-               .num_rows = x.num_rows,
-               .dim = inner,
-               .stride = inner,
-               .activation = config.activation},
-              executor);
   const kernels::QuantizedRows inner_rows = {
       workspace.codes_.data(), workspace.scales_.data(), workspace.sums_.data(), x.num_rows, inner,
       CodeStride(inner)};
-  kernels.quantize({.x = gate,
-                    .weight = config.sub_norm,
-                    .out = inner_rows,
-                    .x_stride = inner,
-                    .eps = config.eps},
-                   executor);
+  ActivateFfn(kernels, executor, config, gate, up, inner_rows);
 
   for (const FfnGroup& group : groups) {
     products.push_back({group.weights->down.view, group.row_begin, group.num_rows,

@@ -58,6 +58,13 @@ class FfnWorkspace {
   std::vector<kernels::TernaryGroup> groups_;
 };
 
+// From the first products to the input of the last: out [rows, intermediate] =
+// quantize(norm(act(gate)
+// * up)). `gate` [rows, intermediate] is overwritten.
+void ActivateFfn(const kernels::Kernels& kernels, kernels::Executor& executor,
+                 const FfnConfig& config, float* gate, const float* up,
+                 const kernels::QuantizedRows& out);
+
 // y [x.num_rows, hidden] = each group's feed-forward of its rows of x. Groups cover disjoint rows;
 // x.num_rows <= workspace.max_rows().
 void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const FfnConfig& config,

@@ -25,8 +25,10 @@ int64_t MaxRoutes(const comm::ExchangeOptions& options, int num_ranks) {
 }
 
 // Which experts each row goes to, and with which weight.
-absl::StatusOr<GateChoice> ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input,
-                                         MoeContext& ctx) {
+GateChoice ChooseExperts(const kernels::DenseMatrix& gate, const MoeInput& input, MoeContext& ctx,
+                         int micro_batch) {
+  int32_t* const experts = ctx.local ? ctx.local->experts(micro_batch) : ctx.experts.data();
+  float* const weights = ctx.local ? ctx.local->weights(micro_batch) : ctx.weights.data();
   const int64_t num_rows = input.codes.num_rows;
   ctx.kernels->dense_matmul({.x = input.normed,
                              .weights = gate,
@@ -36,15 +38,14 @@ absl::StatusOr<GateChoice> ChooseExperts(const kernels::DenseMatrix& gate, const
                              .y_stride = gate.rows},
                             *ctx.executor);
   ctx.kernels->gate_top_k({.logits = ctx.logits.data(),
-                           .ids = ctx.experts.data(),
-                           .weights = ctx.weights.data(),
+                           .ids = experts,
+                           .weights = weights,
                            .num_rows = num_rows,
                            .num_experts = ctx.gate.num_experts,
                            .k = ctx.gate.top_k,
                            .renormalize = ctx.gate.renormalize},
                           *ctx.executor);
-  TERNION_RETURN_IF_ERROR(comm::Finish(*ctx.kernels, *ctx.executor));
-  return GateChoice{ctx.experts.data(), ctx.weights.data(), num_rows, ctx.gate.top_k};
+  return {experts, weights, num_rows, ctx.gate.top_k};
 }
 
 // A peer that routes to an expert we do not hold works from another placement.
@@ -102,6 +103,11 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       experts(options.max_rows * gate.top_k, *executor->staging),
       weights(options.max_rows * gate.top_k, *executor->staging) {}
 
+void MoeContext::UseLocalExperts(const comm::ExchangeOptions& options, int64_t intermediate) {
+  local = std::make_unique<LocalExperts>(options.max_rows, gate.top_k, gate.num_experts,
+                                         options.hidden, intermediate, *executor->memory);
+}
+
 void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
                               const Placement& placement) {
   for (int i = 0; i < 2; ++i) {
@@ -112,7 +118,13 @@ void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOpti
 
 absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placement,
                          const MoeInput& input, MoeContext& ctx, MicroBatch& batch) {
-  TERNION_ASSIGN_OR_RETURN(const GateChoice choice, ChooseExperts(weights.gate, input, ctx));
+  const GateChoice& choice = batch.choice =
+      ChooseExperts(weights.gate, input, ctx, batch.exchange.options().micro_batch);
+  if (ctx.local != nullptr) {
+    batch.codes = input.codes;
+    return absl::OkStatus();
+  }
+  TERNION_RETURN_IF_ERROR(comm::Finish(*ctx.kernels, *ctx.executor));
   if (batch.hierarchical != nullptr) {
     return batch.hierarchical->DispatchSend(input.step, input.layer, choice, input.codes,
                                             input.normed);
@@ -124,6 +136,7 @@ absl::Status MoeDispatch(const MoeLayerWeights& weights, const Placement& placem
 
 absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBatch& batch,
                         TravellingBatch* travelling) {
+  if (ctx.local != nullptr) return absl::OkStatus();  // MoeCombine does it all
   TERNION_CHECK(batch.alone == (travelling == nullptr));
   const bool presum = batch.exchange.options().presum;
   const auto look_after = [&] { return LookAfter(ctx, *travelling); };
@@ -158,7 +171,13 @@ absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& ctx, MicroBa
   }
 }
 
-absl::Status MoeCombine(MicroBatch& batch, float* hidden) {
+absl::Status MoeCombine(const MoeLayerWeights& weights, MoeContext& ctx, MicroBatch& batch,
+                        float* hidden) {
+  if (ctx.local != nullptr) {
+    ctx.local->Run(*ctx.kernels, *ctx.executor, weights.ffn, weights.tables, batch.choice,
+                   batch.codes, batch.exchange.options().presum, hidden);
+    return absl::OkStatus();
+  }
   TERNION_RETURN_IF_ERROR(ReturnOf(batch).CombineRecv(hidden));
   // The next layer's attention runs next; with two micro-batches, experts look after both.
   return batch.alone ? batch.exchange.Flush() : absl::OkStatus();

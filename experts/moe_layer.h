@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "comm/exchange.h"
 #include "experts/hierarchical_exchange.h"
+#include "experts/local_experts.h"
 #include "experts/placement.h"
 #include "experts/routing.h"
 #include "experts/shard.h"
@@ -31,6 +32,7 @@ struct MoeLayerWeights {
   kernels::DenseMatrix gate;  // [num_experts, hidden]
   FfnConfig ffn;
   ExpertShard shard;
+  ExpertTables tables{};  // of the shard, where MoeContext::local works
 };
 
 // Rows that go through the layers together.
@@ -38,6 +40,8 @@ struct MicroBatch {
   comm::Exchange exchange;
   std::unique_ptr<HierarchicalExchange> hierarchical{};  // in place of exchange, if there is one
   bool alone = true;                                     // no other micro-batch is under way
+  GateChoice choice{};                                   // of its rows in this layer
+  kernels::QuantizedRows codes{};
   // What goes back, one array for each time that rows arrived in a layer; they grow to the most
   // rows (or routes) received.
   std::vector<base::Array<float>> outputs{};
@@ -54,11 +58,15 @@ struct MoeContext {
   void UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,
                     const Placement& placement);
 
+  // From now on no row leaves the device; for a rank that is alone. `options` as above.
+  void UseLocalExperts(const comm::ExchangeOptions& options, int64_t intermediate);
+
   const GateConfig gate;
   comm::Transport* const transport;
   const kernels::Kernels* const kernels;
   kernels::Executor* const executor;
   std::array<MicroBatch, 2> micro_batches;
+  std::unique_ptr<LocalExperts> local;  // in place of exchanges, if there is one
   ShardWorkspace shard;
   base::Array<float> logits;     // [max_rows, num_experts]
   base::Array<int32_t> experts;  // [max_rows, top_k], the host reads them
@@ -94,6 +102,7 @@ absl::Status MoeExperts(const MoeLayerWeights& weights, MoeContext& context, Mic
                         TravellingBatch* travelling);
 
 // hidden [num_rows, hidden] += the layer's output, when it is back.
-absl::Status MoeCombine(MicroBatch& batch, float* hidden);
+absl::Status MoeCombine(const MoeLayerWeights& weights, MoeContext& context, MicroBatch& batch,
+                        float* hidden);
 
 }  // namespace ternion::experts

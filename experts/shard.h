@@ -65,7 +65,10 @@ class ExpertShard {
   void Set(ExpertId expert, FfnWeights weights);
   bool Holds(ExpertId expert) const { return experts_[base::Index(expert)] != nullptr; }
 
+  int num_experts() const { return static_cast<int>(experts_.size()); }
   int num_experts_here() const { return num_experts_here_; }
+  // One that is held.
+  const FfnWeights& at(ExpertId expert) const { return *experts_[base::Index(expert)]; }
 
   // Runs every route, grouped by expert.
   absl::Status Run(const kernels::Kernels& kernels, kernels::Executor& executor,

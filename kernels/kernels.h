@@ -278,6 +278,52 @@ struct AddRowsArgs {
   int64_t dim = 0;
 };
 
+// The four ops below take rows through experts that are all here, without the host knowing which.
+// A route is one of the k choices of a row; route r is of row r / k. Null in tables of CPUs, whose
+// host sees for itself.
+
+// Sorts routes by expert, then by number.
+struct GroupRoutesArgs {
+  const int32_t* experts = nullptr;  // [num_routes], distinct in a row
+  int32_t* order = nullptr;          // [num_routes] routes as sorted
+  int32_t* places = nullptr;         // [num_routes] where each stands in `order`
+  int32_t* begin = nullptr;          // [num_experts + 1] where each expert's begin there
+  int64_t num_routes = 0;
+  int num_experts = 0;
+};
+
+// out[i] = x[order[i] / k], codes, scales and sums.
+struct GatherRoutesArgs {
+  QuantizedRows x;
+  const int32_t* order = nullptr;  // [out.num_rows]
+  QuantizedRows out;
+  int k = 0;
+};
+
+// ternary_matmul with a group for each expert: its rows of x are begin[e] .. begin[e + 1] - 1, and
+// so are those of y.
+struct ExpertMatmulArgs {
+  QuantizedRows x;
+  const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim]
+  const int32_t* begin = nullptr;          // [num_experts + 1]
+  float* y = nullptr;                      // [x.num_rows, rows]
+  int64_t rows = 0;
+  int num_experts = 0;
+};
+
+// Per row, in ascending expert id, weights[r] * y[places[r]] of its k routes: added up from 0 and
+// then added onto out (presum), or each onto out. Product and sum are rounded separately.
+struct SumRoutesArgs {
+  const float* y = nullptr;         // [num_rows * k, dim]
+  const int32_t* places = nullptr;  // [num_rows, k]
+  const float* weights = nullptr;   // [num_rows, k]
+  float* out = nullptr;             // [num_rows, dim]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  int k = 0;
+  bool presum = true;
+};
+
 // out[i] = 0.
 struct ZeroArgs {
   float* out = nullptr;  // [count]
@@ -312,6 +358,10 @@ struct Kernels {
   void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
   void (*zero)(const ZeroArgs&, Executor&) = nullptr;
+  void (*group_routes)(const GroupRoutesArgs&, Executor&) = nullptr;
+  void (*gather_routes)(const GatherRoutesArgs&, Executor&) = nullptr;
+  void (*expert_matmul)(const ExpertMatmulArgs&, Executor&) = nullptr;
+  void (*sum_routes)(const SumRoutesArgs&, Executor&) = nullptr;
 };
 
 }  // namespace ternion::kernels

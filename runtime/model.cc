@@ -137,6 +137,9 @@ void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
   moe_ = std::make_unique<experts::MoeContext>(gate, MakeExchangeOptions(config_, options_),
                                                config_.expert_intermediate, resources_.transport,
                                                resources_.kernels, resources_.executor);
+  if (UsesLocalExperts()) {
+    moe_->UseLocalExperts(MakeExchangeOptions(config_, options_), config_.expert_intermediate);
+  }
   if (options_.hierarchical && !wire.exact) {
     // Load has made sure that there is a layout.
     moe_->UseHierarchy(*experts::NodeLayout::Make(*resources_.transport),
@@ -158,6 +161,17 @@ absl::Status Model::TakeBatch(const Batch& batch) {
     }
   }
   return absl::OkStatus();
+}
+
+// A sink reads the gate's choice on the host, as exchanges do.
+bool Model::UsesLocalExperts() const {
+  return config_.moe() && resources_.transport->size() == 1 && routing_sink_ == nullptr &&
+         experts::LocalExperts::AreSupported(*resources_.kernels);
+}
+
+void Model::set_routing_sink(BatchRoutingSink sink) {
+  routing_sink_ = std::move(sink);
+  if (moe_ != nullptr && !UsesLocalExperts()) moe_->local.reset();
 }
 
 absl::Status Model::Forward(const Batch& batch) {
@@ -190,7 +204,8 @@ absl::Status Model::Forward(const Batch& batch) {
 absl::Status Model::Advance(const Batch& batch, Part& part) {
   const int layer = part.next_layer++;
   if (layer > 0 && config_.moe()) {
-    TERNION_RETURN_IF_ERROR(experts::MoeCombine(*part.moe, HiddenOf(part)));
+    TERNION_RETURN_IF_ERROR(
+        experts::MoeCombine(layers_[layer - 1].moe, *moe_, *part.moe, HiddenOf(part)));
   }
   if (layer == config_.num_layers) return absl::OkStatus();
   AttentionBlock(layers_[layer], layer, part);

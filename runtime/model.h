@@ -111,7 +111,7 @@ class Model {
   // They passed CheckPrecisions.
   void SetPrecisions(const WireOptions& wire, kernels::KvFormat kv);
 
-  void set_routing_sink(BatchRoutingSink sink) { routing_sink_ = std::move(sink); }
+  void set_routing_sink(BatchRoutingSink sink);
   const experts::Placement& placement() const { return *placement_; }
 
   int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
@@ -130,6 +130,7 @@ class Model {
     int next_layer = 0;  // whose attention comes next
   };
 
+  bool UsesLocalExperts() const;
   absl::Status TakeBatch(const Batch& batch);
   absl::Status Advance(const Batch& batch, Part& part);
   absl::Status RunExperts(const Batch& batch, int layer, Part& part, Part& other);

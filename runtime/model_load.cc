@@ -199,6 +199,9 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
                      config_.norm_eps};
     layer.moe.shard = experts::ExpertShard(config_.num_experts);
     for (auto& [expert, weights] : local[index]) layer.moe.shard.Set(expert, std::move(weights));
+    if (UsesLocalExperts()) {
+      layer.moe.tables = experts::ExpertTables::Make(layer.moe.shard, *resources_.executor->memory);
+    }
   }
   return absl::OkStatus();
 }

@@ -89,6 +89,10 @@ constexpr Kernels kTable = {
     .unpack_int4 = cuda::UnpackInt4,
     .weighted_sum = cuda::WeightedSum,
     .zero = cuda::Zero,
+    .group_routes = cuda::GroupRoutes,
+    .gather_routes = cuda::GatherRoutes,
+    .expert_matmul = cuda::ExpertMatmul,
+    .sum_routes = cuda::SumRoutes,
 };
 
 const Kernels* Refuse(std::string reason, std::string* why) {

@@ -79,13 +79,10 @@ __device__ inline void PanelTimesRows(
   __syncthreads();
 }
 
-// A block per panel and group.
-__global__ void __launch_bounds__(kMatmulThreads)
-    TernaryMatmulKernel(QuantizedRows x, Groups groups) {
+// A block's panel times all rows of the group.
+__device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGroup& group,
+                                       int64_t panel) {
   __shared__ int32_t of_warps[kMatmulWarps][kMaxProducts * kProductRows][kPanelRows];
-  const TernaryGroup& group = groups.group[blockIdx.y];
-  const int64_t panel = blockIdx.x;
-  if (panel >= group.weights.num_panels()) return;
   for (int64_t row = 0; row < group.num_rows; row += kMaxProducts * kProductRows) {
     const int64_t left = group.num_rows - row;
     if (left <= kProductRows) {
@@ -96,6 +93,25 @@ __global__ void __launch_bounds__(kMatmulThreads)
       PanelTimesRows<kMaxProducts>(x, group, panel, row, of_warps);
     }
   }
+}
+
+// A block per panel and group.
+__global__ void __launch_bounds__(kMatmulThreads)
+    TernaryMatmulKernel(QuantizedRows x, Groups groups) {
+  const TernaryGroup& group = groups.group[blockIdx.y];
+  if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup(x, group, blockIdx.x);
+}
+
+// A block per panel and expert.
+__global__ void __launch_bounds__(kMatmulThreads) ExpertMatmulKernel(ExpertMatmulArgs args) {
+  const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
+  if (begin == end) return;
+  const TernaryGroup group = {.weights = args.weights[blockIdx.y],
+                              .row_begin = begin,
+                              .num_rows = end - begin,
+                              .y = args.y + begin * args.rows,
+                              .y_stride = args.rows};
+  PanelTimesGroup(args.x, group, blockIdx.x);
 }
 
 }  // namespace
@@ -118,6 +134,12 @@ void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
     Launch(TernaryMatmulKernel, dim3(Blocks(panels), Blocks(count)), kMatmulThreads, executor,
            args.x, groups);
   }
+}
+
+void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor) {
+  const unsigned panels = Blocks(base::CeilDiv(args.rows, kPanelRows));
+  const unsigned experts = args.x.num_rows == 0 ? 0 : Blocks(args.num_experts);
+  Launch(ExpertMatmulKernel, dim3(panels, experts), kMatmulThreads, executor, args);
 }
 
 }  // namespace cuda

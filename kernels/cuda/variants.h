@@ -33,5 +33,11 @@ void GateTopK(const GateTopKArgs& args, Executor& executor);
 
 // ternary.cu
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor);
+void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor);
+
+// routes.cu
+void GroupRoutes(const GroupRoutesArgs& args, Executor& executor);
+void GatherRoutes(const GatherRoutesArgs& args, Executor& executor);
+void SumRoutes(const SumRoutesArgs& args, Executor& executor);
 
 }  // namespace ternion::kernels::cuda

@@ -79,9 +79,9 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return ternion::emulator::ShuffleFrom(value, ternion::emulator::LaneOfThread() ^ mask);
 }
 template <typename T>
-T __shfl_down_sync(unsigned, T value, int delta) {
-  const int from = ternion::emulator::LaneOfThread() + delta;
-  return ternion::emulator::ShuffleFrom(value, from < 32 ? from : from - delta);
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int from = ternion::emulator::LaneOfThread() - delta;
+  return ternion::emulator::ShuffleFrom(value, from >= 0 ? from : from + delta);
 }
 
 inline int __dp4a(int a, int b, int c) {

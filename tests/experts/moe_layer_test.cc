@@ -104,7 +104,7 @@ absl::Status RunRank(const MoeCase& c, const Placement& placement, const Placeme
     const MoeInput input = {x, normed.data(), 4, static_cast<uint32_t>(layer)};
     TERNION_RETURN_IF_ERROR(MoeDispatch(weights, placement, input, context, batch));
     TERNION_RETURN_IF_ERROR(MoeExperts(weights, context, batch, nullptr));
-    TERNION_RETURN_IF_ERROR(MoeCombine(batch, hidden.data()));
+    TERNION_RETURN_IF_ERROR(MoeCombine(weights, context, batch, hidden.data()));
   }
   return absl::OkStatus();
 }

@@ -60,6 +60,7 @@ TEST_P(CudaDevice, GivesTheBitsOfTheCpu) {
 INSTANTIATE_TEST_SUITE_P(
     Exchanges, CudaDevice,
     testing::Values(Case{"OneRank", 1, "tiny", {"--wire", "exact"}},
+                    Case{"OneRankPresum", 1, "tiny-a48", {"--micro-batches", "2"}},
                     Case{"TwoRanksExact", 2, "tiny", {"--wire", "exact"}},
                     Case{"ThreeRanks", 3, "tiny", {}},
                     Case{"MicroBatches", 3, "tiny-a48", {"--micro-batches", "2"}},

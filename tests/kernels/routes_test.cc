@@ -1,0 +1,146 @@
+// The ops that take rows through experts on a device, against the same on a CPU by hand.
+#include <algorithm>
+#include <numeric>
+
+#include "tests/kernels/float_ops_support.h"
+
+namespace ternion::kernels {
+namespace {
+
+struct Shape {
+  int64_t num_rows;
+  int k;
+  int num_experts;
+};
+const Shape kShapes[] = {{1, 1, 1}, {1, 8, 8}, {5, 2, 3}, {33, 8, 64}, {7, 3, 40}, {3, 4, 2500}};
+
+// The k distinct experts of each row.
+std::vector<int32_t> RandomChoice(const Shape& shape, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> all(shape.num_experts), choice;
+  std::iota(all.begin(), all.end(), 0);
+  for (int64_t row = 0; row < shape.num_rows; ++row) {
+    std::shuffle(all.begin(), all.end(), random);
+    choice.insert(choice.end(), all.begin(), all.begin() + shape.k);
+  }
+  return choice;
+}
+
+struct Grouped {
+  std::vector<int32_t> order, places, begin;
+};
+
+Grouped GroupByHand(const Shape& shape, const std::vector<int32_t>& experts) {
+  Grouped grouped;
+  grouped.order.resize(experts.size());
+  grouped.places.resize(experts.size());
+  grouped.begin.resize(shape.num_experts + 1);
+  std::iota(grouped.order.begin(), grouped.order.end(), 0);
+  std::stable_sort(grouped.order.begin(), grouped.order.end(),
+                   [&](int32_t a, int32_t b) { return experts[a] < experts[b]; });
+  for (size_t i = 0; i < experts.size(); ++i) grouped.places[grouped.order[i]] = i;
+  for (int32_t expert : experts) ++grouped.begin[expert + 1];
+  std::partial_sum(grouped.begin.begin(), grouped.begin.end(), grouped.begin.begin());
+  return grouped;
+}
+
+class Routes : public testing::TestWithParam<Shape> {
+ protected:
+  void SetUp() override {
+    cuda_ = CudaVariant(executor_);
+    if (cuda_ == nullptr) GTEST_SKIP() << "these ops are for devices";
+  }
+  int64_t num_routes() const { return GetParam().num_rows * GetParam().k; }
+
+  Executor executor_;
+  const Kernels* cuda_ = nullptr;
+};
+INSTANTIATE_TEST_SUITE_P(Shapes, Routes, testing::ValuesIn(kShapes));
+
+TEST_P(Routes, AreGroupedByExpertAndStayInOrder) {
+  const Shape& shape = GetParam();
+  const std::vector<int32_t> experts = RandomChoice(shape, 1);
+  Grouped actual = {std::vector<int32_t>(num_routes(), -1), std::vector<int32_t>(num_routes(), -1),
+                    std::vector<int32_t>(shape.num_experts + 1, -1)};
+  cuda_->group_routes({experts.data(), actual.order.data(), actual.places.data(),
+                       actual.begin.data(), num_routes(), shape.num_experts},
+                      executor_);
+  const Grouped expected = GroupByHand(shape, experts);
+  EXPECT_EQ(actual.order, expected.order);
+  EXPECT_EQ(actual.places, expected.places);
+  EXPECT_EQ(actual.begin, expected.begin);
+}
+
+TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
+  const Shape& shape = GetParam();
+  const int64_t outputs = 37, dim = 100;
+  const std::vector<int32_t> experts = RandomChoice(shape, 2);
+  const Grouped grouped = GroupByHand(shape, experts);
+  const std::vector<float> values = RandomFloats(shape.num_rows * dim, 3);
+  QuantizedBuffer rows(shape.num_rows, dim), gathered(num_routes(), dim);
+  const QuantizedRows x = rows.rows(shape.num_rows), of_routes = gathered.rows(num_routes());
+  Executor alone = {&Threads(1)};
+  Fastest().quantize({.x = values.data(), .out = x, .x_stride = dim}, alone);
+  cuda_->gather_routes({x, grouped.order.data(), of_routes, shape.k}, executor_);
+
+  // Experts share three matrices, with a scale each.
+  std::mt19937 random(4);
+  std::vector<OwnedTernaryMatrix> panels, tiles;
+  for (int i = 0; i < 3; ++i) {
+    std::vector<int8_t> weights(outputs * dim);
+    for (int8_t& w : weights) w = static_cast<int8_t>(static_cast<int>(random() % 3) - 1);
+    panels.push_back(MakeTernaryMatrix(outputs, dim, 1));
+    tiles.push_back(MakeTernaryMatrix(outputs, dim, 1, cuda_->layout));
+    PackTernary(weights.data(), 0, outputs, panels.back());
+    PackTernary(weights.data(), 0, outputs, tiles.back());
+  }
+  std::vector<TernaryMatrix> of_experts, by_hand;
+  for (int e = 0; e < shape.num_experts; ++e) {
+    of_experts.push_back(tiles[e % 3].view);
+    by_hand.push_back(panels[e % 3].view);
+    of_experts[e].scale = by_hand[e].scale = 1.0f + static_cast<float>(e);
+  }
+  std::vector<float> y(num_routes() * outputs, -1), expected(num_routes() * outputs);
+  cuda_->expert_matmul(
+      {of_routes, of_experts.data(), grouped.begin.data(), y.data(), outputs, shape.num_experts},
+      executor_);
+  for (int64_t i = 0; i < num_routes(); ++i) {
+    const int32_t route = grouped.order[i];
+    const TernaryGroup group[] = {
+        {by_hand[experts[route]], route / shape.k, 1, &expected[i * outputs], outputs}};
+    Fastest().ternary_matmul({x, group}, alone);
+  }
+  ExpectSameBits(y, expected);
+}
+
+TEST_P(Routes, AreSummedInAscendingExpertId) {
+  const Shape& shape = GetParam();
+  const int64_t dim = 300;
+  const std::vector<int32_t> experts = RandomChoice(shape, 5);
+  const Grouped grouped = GroupByHand(shape, experts);
+  const std::vector<float> y = RandomFloats(num_routes() * dim, 6);
+  const std::vector<float> weights = RandomFloats(num_routes(), 7);
+  for (const bool presum : {true, false}) {
+    std::vector<float> out = RandomFloats(shape.num_rows * dim, 8);
+    std::vector<float> expected = out;
+    for (int64_t row = 0; row < shape.num_rows; ++row) {
+      std::vector<int32_t> routes(shape.k);
+      std::iota(routes.begin(), routes.end(), row * shape.k);
+      std::sort(routes.begin(), routes.end(),
+                [&](int32_t a, int32_t b) { return experts[a] < experts[b]; });
+      for (int64_t i = 0; i < dim; ++i) {
+        float& sum_out = expected[row * dim + i];
+        float sum = presum ? 0.0f : sum_out;
+        for (int32_t r : routes) sum += weights[r] * y[grouped.places[r] * dim + i];
+        sum_out = presum ? sum_out + sum : sum;
+      }
+    }
+    cuda_->sum_routes({y.data(), grouped.places.data(), weights.data(), out.data(), shape.num_rows,
+                       dim, shape.k, presum},
+                      executor_);
+    ExpectSameBits(out, expected);
+  }
+}
+
+}  // namespace
+}  // namespace ternion::kernels
