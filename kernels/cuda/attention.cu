@@ -6,7 +6,6 @@
 namespace ternion::kernels {
 namespace {
 
-constexpr int kMaxHeadDim = 1024;
 constexpr int kWordCodes = 8;   // codes of a word, below 8 bits
 constexpr int kWordLanes = 16;  // words side by side
 
@@ -181,8 +180,8 @@ void KvStoreAs(const KvStoreArgs& args, Executor& executor) {
 
 // ---- CUDA kernels: attention
 
-constexpr int kHeads = 4;  // query heads of a KV head that pass over a page together
-constexpr int kElements = kMaxHeadDim / kPageTokens;  // of a head that one thread can have
+constexpr int kHeads = 4;        // query heads of a KV head that pass over a page together
+constexpr int kMaxElements = 8;  // of a head that one thread can have: head_dim is at most 1024
 
 // The running softmax of kHeads query heads. Shared by the block but for `outs`, of which a thread
 // has elements threadIdx.x + n * kPageTokens.
@@ -221,6 +220,7 @@ __device__ inline void UpdateSoftmax(SoftmaxState& state, int heads, int count) 
 }
 
 // The softmax of position 0 alone, whose key and value are bf16 below bf16.
+template <int kElements>
 __device__ inline void AttendFirst(const float* q, const uint16_t* key, const uint16_t* value,
                                    int heads, int head_dim, float scale, SoftmaxState& state,
                                    float (&outs)[kHeads][kElements]) {
@@ -241,10 +241,10 @@ __device__ inline void AttendFirst(const float* q, const uint16_t* key, const ui
 
 // A block of a thread per token of a page, for one row and KV head. Scores are summed over the head
 // and values over tokens one after the other.
-template <KvFormat kFormat>
+template <KvFormat kFormat, int kElements>
 __global__ void __launch_bounds__(kPageTokens) AttentionKernel(AttentionArgs args) {
   __shared__ SoftmaxState state;
-  __shared__ float queries[kHeads][kMaxHeadDim];
+  __shared__ float queries[kHeads][kElements * kPageTokens];
   const int64_t row = blockIdx.x;
   const int kv_head = blockIdx.y, head_dim = args.head_dim;
   const int heads_of_kv = args.heads / args.kv_heads;
@@ -330,8 +330,9 @@ __global__ void __launch_bounds__(kPageTokens) AttentionKernel(AttentionArgs arg
 
 template <KvFormat kFormat>
 void AttentionAs(const AttentionArgs& args, Executor& executor) {
-  Launch(AttentionKernel<kFormat>, dim3(Blocks(args.num_rows), Blocks(args.kv_heads)), kPageTokens,
-         executor, args);
+  const auto kernel = args.head_dim <= kPageTokens ? AttentionKernel<kFormat, 1>
+                                                   : AttentionKernel<kFormat, kMaxElements>;
+  Launch(kernel, dim3(Blocks(args.num_rows), Blocks(args.kv_heads)), kPageTokens, executor, args);
 }
 
 }  // namespace
