@@ -242,7 +242,7 @@ __device__ inline void AttendFirst(const float* q, const uint16_t* key, const ui
 // A block of a thread per token of a page, for one row and KV head. Scores are summed over the head
 // and values over tokens one after the other.
 template <KvFormat kFormat, int kElements>
-__global__ void __launch_bounds__(kPageTokens) AttentionKernel(AttentionArgs args) {
+__global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs args) {
   __shared__ SoftmaxState state;
   __shared__ float queries[kHeads][kElements * kPageTokens];
   const int64_t row = blockIdx.x;

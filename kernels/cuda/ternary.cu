@@ -96,14 +96,14 @@ __device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGrou
 }
 
 // A block per panel and group.
-__global__ void __launch_bounds__(kMatmulThreads)
+__global__ void __launch_bounds__(kMatmulThreads, 2)
     TernaryMatmulKernel(QuantizedRows x, Groups groups) {
   const TernaryGroup& group = groups.group[blockIdx.y];
   if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup(x, group, blockIdx.x);
 }
 
 // A block per panel and expert.
-__global__ void __launch_bounds__(kMatmulThreads) ExpertMatmulKernel(ExpertMatmulArgs args) {
+__global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMatmulArgs args) {
   const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
   if (begin == end) return;
   const TernaryGroup group = {.weights = args.weights[blockIdx.y],
