@@ -142,5 +142,13 @@ __device__ inline void StoreU16(uint16_t value, uint8_t* p) {
   p[1] = static_cast<uint8_t>(value >> 8);
 }
 
+// ---- Ternary codes
+
+// The A operands of a product, of which `word` has one in field f of each byte: see kTiles.
+__device__ __forceinline__ void UnpackTile(uint32_t word, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int f = 0; f < 4; ++f) a[f] = word >> 2 * f & 0x03030303;
+}
+
 }  // namespace
 }  // namespace ternion::kernels

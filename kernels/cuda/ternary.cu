@@ -1,7 +1,9 @@
 // The ternary product, over tiles (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
-// and the row's sum of activations is subtracted once.
+// and the row's sum of activations is subtracted once. Here that of few rows, which is done when
+// the weights were read; many rows go to ternary_tiles.cu.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ternary_schedule.h"
 #include "kernels/cuda/variants.h"
 
 namespace ternion::kernels {
@@ -13,18 +15,6 @@ constexpr int kMatmulThreads = 256;
 constexpr int kMatmulWarps = kMatmulThreads / kWarp;
 constexpr int kProductRows = 8;  // rows of x in one product of a warp
 constexpr int kMaxProducts = 4;  // that share their weights
-
-// As many groups as fit into the parameters of one launch.
-constexpr int kMaxGroups = 32;
-struct Groups {
-  TernaryGroup group[kMaxGroups];
-};
-
-// Field f of each byte is operand f of the product: see kTiles.
-__device__ inline void UnpackTile(uint32_t word, uint32_t (&a)[4]) {
-#pragma unroll
-  for (int f = 0; f < 4; ++f) a[f] = word >> 2 * f & 0x03030303;
-}
 
 // One panel times N * kProductRows rows of x from `first` on, some of which may lie behind the
 // group's last. The block's warps share the columns.
@@ -97,7 +87,7 @@ __device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGrou
 
 // A block per panel and group.
 __global__ void __launch_bounds__(kMatmulThreads, 2)
-    TernaryMatmulKernel(QuantizedRows x, Groups groups) {
+    TernaryMatmulKernel(QuantizedRows x, TernaryGroups groups) {
   const TernaryGroup& group = groups.group[blockIdx.y];
   if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup(x, group, blockIdx.x);
 }
@@ -120,26 +110,35 @@ __global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMa
 
 namespace cuda {
 
+// From so many rows on, tiles: of a group, whose panels here are read twice then, while its tiles
+// may be too few for the GPU, and of an expert on average, of which there are many.
+constexpr int64_t kManyRows = 64;
+constexpr int64_t kManyRowsOfExpert = 32;
+
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
-  for (std::span<const TernaryGroup> left = args.groups; !left.empty();) {
-    Groups groups = {};
-    int count = 0;
-    int64_t panels = 0;
-    for (; !left.empty() && count < kMaxGroups; left = left.subspan(1)) {
-      const TernaryGroup& group = left.front();
-      if (group.num_rows == 0) continue;
-      groups.group[count++] = group;
-      panels = group.weights.num_panels() > panels ? group.weights.num_panels() : panels;
-    }
-    Launch(TernaryMatmulKernel, dim3(Blocks(panels), Blocks(count)), kMatmulThreads, executor,
-           args.x, groups);
-  }
+  const auto many = [](const TernaryGroup& group) { return group.num_rows >= kManyRows; };
+  const auto few = [](const TernaryGroup& group) { return group.num_rows < kManyRows; };
+  ForGroups(args.groups, few, [&](const TernaryGroups& groups) {
+    const dim3 grid(Blocks(groups.max_panels), Blocks(groups.count));
+    Launch(TernaryMatmulKernel, grid, kMatmulThreads, executor, args.x, groups);
+  });
+  ForGroups(args.groups, many, [&](const TernaryGroups& groups) {
+    const int64_t tiles = base::CeilDiv(groups.max_panels, kTilePanels) *
+                          base::CeilDiv(groups.max_rows, kMaxTileRows) * groups.count;
+    TernaryTiles(args.x, groups, TileRowsFor(tiles), executor);
+  });
 }
 
 void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor) {
-  const unsigned panels = Blocks(base::CeilDiv(args.rows, kPanelRows));
-  const unsigned experts = args.x.num_rows == 0 ? 0 : Blocks(args.num_experts);
-  Launch(ExpertMatmulKernel, dim3(panels, experts), kMatmulThreads, executor, args);
+  const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
+  if (args.x.num_rows == 0) return;
+  if (args.x.num_rows < kManyRowsOfExpert * args.num_experts) {
+    const dim3 grid(Blocks(panels), Blocks(args.num_experts));
+    return Launch(ExpertMatmulKernel, grid, kMatmulThreads, executor, args);
+  }
+  const int64_t tiles = base::CeilDiv(panels, kTilePanels) *
+                        NumTileSlots(args.x.num_rows, args.num_experts, kMaxTileRows);
+  ExpertTiles(args, TileRowsFor(tiles), executor);
 }
 
 }  // namespace cuda

@@ -54,6 +54,8 @@ constexpr int kWords = 6;
 using WordsOfWarp = const uint32_t (*)[kWords];
 WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]);
 int LaneOfThread();
+// As the device counts, in 32 bits.
+size_t AddressOfShared(const void* data);
 
 template <typename T>
 T ShuffleFrom(T value, int lane) {
@@ -82,6 +84,14 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   const int from = ternion::emulator::LaneOfThread() - delta;
   return ternion::emulator::ShuffleFrom(value, from >= 0 ? from : from + delta);
+}
+
+inline size_t __cvta_generic_to_shared(const void* data) {
+  return ternion::emulator::AddressOfShared(data);
+}
+template <typename T>
+T __ldg(const T* data) {
+  return *data;
 }
 
 inline int __dp4a(int a, int b, int c) {

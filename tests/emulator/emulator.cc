@@ -17,16 +17,19 @@
 #include <mutex>
 #include <vector>
 
+#include "tests/emulator/threads.h"
+
 constinit thread_local uint3 threadIdx, blockIdx;
 constinit thread_local dim3 blockDim, gridDim;
 
 namespace ternion::emulator {
-namespace {
 
-[[noreturn]] void Fail(const char* what) {
+void Fail(const char* what) {
   std::fprintf(stderr, "emulated device: %s\n", what);
   std::abort();
 }
+
+namespace {
 
 // ---- Threads of a block: fibers that give way at barriers
 
@@ -84,6 +87,7 @@ struct Fiber {
   uint3 index;
   int number = 0;
   uint64_t exchanges = 0;
+  Async async;
   const Barrier* waits_for = nullptr;
   uint64_t round = 0;
   bool done = false;
@@ -100,6 +104,7 @@ struct Stack {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  int num_threads = 0;
   Barrier barrier;
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
@@ -143,6 +148,7 @@ void FiberMain() {
   Arrive(nullptr, &block.scheduler);
   Fiber& self = *block.current;
   (*block.body)();
+  if (!self.async.products.empty()) Fail("a thread ended with products under way");
   self.done = true;
   block.warps[self.number / kWarpThreads].barrier.Leave();
   block.barrier.Leave();
@@ -170,6 +176,7 @@ void Prepare(Fiber& fiber) {
   slots[0] = reinterpret_cast<void*>(&FiberMain);
   fiber.stack_pointer = slots - 6;  // registers that the switch restores
   fiber.exchanges = 0;
+  fiber.async = Async();
   fiber.waits_for = nullptr;
   fiber.done = false;
 }
@@ -181,6 +188,7 @@ bool CanGoOn(const Fiber& fiber) {
 void RunBlock(int num_threads) {
   block.fibers.resize(std::max<size_t>(block.fibers.size(), num_threads));
   block.warps.assign((num_threads + kWarpThreads - 1) / kWarpThreads, Warp());
+  block.num_threads = num_threads;
   block.barrier = {.live = num_threads};
   for (int i = 0; i < num_threads; ++i) {
     Fiber& fiber = block.fibers[i];
@@ -303,6 +311,15 @@ Device& TheDevice() {
 void BlockBarrier() { WaitAt(block.barrier); }
 void WarpBarrier() { WaitAt(block.warps[block.current->number / kWarpThreads].barrier); }
 int LaneOfThread() { return block.current->number % kWarpThreads; }
+Async& AsyncOfThread() { return block.current->async; }
+uint64_t RoundOfBlock() { return block.barrier.round; }
+
+bool AllShown() {
+  const auto shown = [](const Fiber& fiber) {
+    return fiber.async.shown_in_round + 1 >= block.barrier.round;
+  };
+  return std::all_of(block.fibers.begin(), block.fibers.begin() + block.num_threads, shown);
+}
 
 WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]) {
   Fiber& self = *block.current;
@@ -311,6 +328,21 @@ WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]) {
   std::copy(words, words + kWords, given[self.number % kWarpThreads]);
   WaitAt(warp.barrier);
   return given;
+}
+
+static thread_local const uint8_t* shared_memory;
+
+size_t AddressOfShared(const void* data) {
+  shared_memory = static_cast<const uint8_t*>(data);
+  return reinterpret_cast<uintptr_t>(data) & 0xffffffff;
+}
+
+// The nearest to what an address was asked of the last time.
+const uint8_t* SharedMemoryAt(int64_t address) {
+  constexpr int64_t kWindow = 1 << 18;
+  const int64_t ahead =
+      (address - static_cast<int64_t>(reinterpret_cast<uintptr_t>(shared_memory))) & (kWindow - 1);
+  return shared_memory + (ahead < kWindow / 2 ? ahead : ahead - kWindow);
 }
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {

@@ -12,4 +12,7 @@ namespace ternion::emulator {
 // launched, and any memory will do.
 void SetStrict(bool strict);
 
+// Whether the device multiplies by warpgroups (the default), as sm_90a, or by warps alone.
+void SetWarpgroups(bool has);
+
 }  // namespace ternion::emulator

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "tests/emulator/async.h"
+
 namespace ternion::kernels {
 namespace {
 
@@ -21,6 +23,29 @@ inline void MultiplyTile(const uint32_t (&a)[4], const uint32_t (&b)[2], int32_t
       d[i] = __dp4a(static_cast<int>(row[i / 2 + 2]), static_cast<int>(of_b[5]), d[i]);
     }
   }
+}
+
+template <int bytes>
+void StartCopy(const void* from, void* to) {
+  emulator::StartCopy(from, to, bytes);
+}
+inline void EndCopies() { emulator::EndCopies(); }
+template <int left>
+void WaitForCopies() {
+  emulator::WaitForCopies(left);
+}
+
+inline bool HasWarpgroups() { return emulator::HasWarpgroups(); }
+inline void ShowSharedToProducts() { emulator::ShowSharedToProducts(); }
+inline void BeginProducts(uint32_t (&)[2][4]) { emulator::BeginProducts(); }
+inline void EndProducts() { emulator::EndProducts(); }
+template <int left>
+void WaitForProducts() {
+  emulator::WaitForProducts(left);
+}
+template <int N>
+void MultiplyWarpgroup(const uint32_t (&a)[4], uint64_t b, int32_t (&d)[N / 8][4]) {
+  emulator::StartProduct(a, b, &d[0][0], N);
 }
 
 }  // namespace

@@ -1,0 +1,291 @@
+// The ternary product of many rows, by tiles: a block multiplies kTilePanels panels with up to
+// kMaxTileRows rows of x, 64 columns at a step. Steps are copied to shared memory ahead of time;
+// from there codes go to registers as A operands, as they are, and rows of x to the tensor cores.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ternary_schedule.h"
+
+namespace ternion::kernels {
+namespace {
+
+// ---- CUDA kernels
+
+constexpr int kTileThreads = kTilePanels * kWarp;  // a warp per panel, a warpgroup per four
+constexpr int kBlocksPerMultiprocessor = 2;        // one stores outputs while one multiplies
+constexpr int kCoreRows = 8;
+constexpr int kChunks = 4;  // of 16 columns, in a step; two of them are a product
+
+// One step's operands, with N rows of x. These lie as tensor cores take a B operand: eight rows of
+// a chunk are 128 bytes in a row, a core.
+template <int N>
+struct Stage {
+  uint4 x[kChunks][N];
+  uint2 weights[kTilePanels][kWarp];  // what the panel's warp reads
+};
+
+struct TileMemory {
+  static constexpr int kRingBytes = 40 << 10;
+  alignas(128) uint8_t ring[kRingBytes];  // of stages, as many as there is room for
+  // For the end, so that no registers hold it meanwhile.
+  float* y;
+  int64_t num_outputs;
+  int y_stride;
+  int num_rows;
+  float scales[kMaxTileRows];  // what a row's integers are worth
+  int32_t sums[kMaxTileRows];  // to be subtracted
+};
+
+// An even number, so that operands of steps can take turns.
+template <int N>
+constexpr int kStages = TileMemory::kRingBytes / sizeof(Stage<N>) / 2 * 2;
+
+__device__ inline int64_t OwnPanel() {
+  return int64_t{blockIdx.x} * kTilePanels + threadIdx.x / kWarp;
+}
+
+// Copies steps of a tile. The tile's last rows and panels may lie behind those of the group: then
+// the last there is is copied in their place, and nothing is stored.
+template <int N>
+class TileCopier {
+ public:
+  __device__ TileCopier(const QuantizedRows& x, const TernaryGroup& tile)
+      : num_steps_(static_cast<int>(base::CeilDiv(tile.weights.columns, kTileColumns))) {
+    const int64_t panel = OwnPanel(), last_panel = tile.weights.num_panels() - 1;
+    weights_ = reinterpret_cast<const uint2*>(tile.weights.codes) +
+               (panel < last_panel ? panel : last_panel) * num_steps_ * kWarp + threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int64_t row = RowOfCopy(i), last = tile.num_rows - 1;
+      x_[i] = x.codes + (tile.row_begin + (row < last ? row : last)) * x.stride + 16 * OwnChunk();
+    }
+  }
+
+  __device__ int num_steps() const { return num_steps_; }
+
+  // All threads; each waits for its own copies. A step behind the last has codes 0, and adds
+  // nothing whatever x holds.
+  __device__ __forceinline__ void Start(int step, Stage<N>& stage) const {
+    uint2& weights = stage.weights[threadIdx.x / kWarp][threadIdx.x % kWarp];
+    if (step < num_steps_) {
+      StartCopy<sizeof(uint2)>(weights_ + step * kWarp, &weights);
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (N % kCopiedRows != 0 && RowOfCopy(i) >= N) continue;
+        StartCopy<sizeof(uint4)>(x_[i] + int64_t{step} * kTileColumns,
+                                 &stage.x[OwnChunk()][RowOfCopy(i)]);
+      }
+    } else {
+      weights = {};
+    }
+    EndCopies();
+  }
+
+ private:
+  static constexpr int kCopiedRows = kTileThreads / kChunks;  // at a time
+  static constexpr int kCopies = (N + kCopiedRows - 1) / kCopiedRows;
+
+  __device__ static int OwnChunk() { return threadIdx.x % kChunks; }
+  __device__ static int RowOfCopy(int i) {
+    return i * kCopiedRows + static_cast<int>(threadIdx.x) / kChunks;
+  }
+
+  const int8_t* x_[kCopies];
+  const uint2* weights_;
+  int num_steps_;
+};
+
+// From a thread's words (kTiles), which are of chunk q = t % 4, those of columns 4q .. 4q + 3 of
+// all chunks: four threads transpose. A word's lower and upper nibbles are four columns each; the
+// chunks go to x lower, x upper, y lower and y upper.
+__device__ __forceinline__ uint2 WordsOfChunks(uint2 own) {
+  constexpr uint32_t kLower = 0x0f0f0f0f, kUpper = 0xf0f0f0f0;
+  const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+  const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? own.x : own.y, 2);
+  const uint32_t x = upper ? other : own.x, y = upper ? own.y : other;
+  // Of both, the neighbour gets the nibbles that are not ours.
+  const int up = odd ? 4 : 0, down = 4 - up;
+  const uint32_t given = (x >> down & kLower) | (y << up & kUpper);
+  const uint32_t got = __shfl_xor_sync(kFullWarp, given, 1);
+  const uint32_t ours = odd ? kUpper : kLower;
+  return {(x & ours) | (got << down & ~ours), (y & ours) | (got >> up & ~ours)};
+}
+
+// The A operands of a step's two products.
+using StepOperands = uint32_t[2][4];
+
+// The B operand of N rows and two chunks from `chunk` on (PTX ISA, matrix descriptor; K-major, no
+// swizzle): in units of 16 bytes, its address, from bit 16 on the way to the next chunk, from bit
+// 32 on that to the next core.
+template <int N>
+__device__ inline uint64_t SharedOperand(const uint4 (&chunk)[N]) {
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  return (address & 0x3ffff) >> 4 | uint64_t{N} << 16 | uint64_t{kCoreRows} << 32;
+}
+
+// The same for what lies `distance` behind it.
+__device__ inline uint64_t Behind(uint64_t operand, size_t distance) {
+  return operand + distance / sizeof(uint4);
+}
+
+// sums += a product, by a warp alone.
+template <int N>
+__device__ __forceinline__ void MultiplyChunks(const uint32_t (&a)[4], const uint4 (*chunks)[N],
+                                               int32_t (&sums)[N / 8][4]) {
+  const uint32_t* const left = reinterpret_cast<const uint32_t*>(chunks[0]);
+  const uint32_t* const right = reinterpret_cast<const uint32_t*>(chunks[1]);
+#pragma unroll
+  for (int n = 0; n < N / kCoreRows; ++n) {
+    const int word = n * kWarp + threadIdx.x % kWarp;
+    MultiplyTile(a, {left[word], right[word]}, sums[n]);
+  }
+}
+
+// sums += the product of the tile. Behind a step's barrier the operands of that step are there for
+// all warps, and all have waited for the products of the last step but one: its stage is free.
+template <int N>
+__device__ __forceinline__ void MultiplySteps(const TileCopier<N>& copier, Stage<N>* stages,
+                                              int32_t (&sums)[N / 8][4]) {
+  constexpr int kAhead = kStages<N> - 2;
+  const uint64_t operand = SharedOperand(stages[0].x[0]);
+  StepOperands even, odd;
+  const auto arrive = [&](const Stage<N>& stage, StepOperands& a) {
+    WaitForCopies<kAhead - 1>();
+    ShowSharedToProducts();
+    const uint2 words = WordsOfChunks(stage.weights[threadIdx.x / kWarp][threadIdx.x % kWarp]);
+    WaitForProducts<1>();  // those that `a` was for are done
+    UnpackTile(words.x, a[0]);
+    UnpackTile(words.y, a[1]);
+  };
+  const auto multiply = [&](int step, int stage, StepOperands& a, StepOperands& of_next) {
+    __syncthreads();
+    BeginProducts(a);
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      if (HasWarpgroups()) {
+        const size_t distance = stage * sizeof(Stage<N>) + p * sizeof(stages->x[0]) * 2;
+        MultiplyWarpgroup<N>(a[p], Behind(operand, distance), sums);
+      } else {
+        MultiplyChunks<N>(a[p], stages[stage].x + 2 * p, sums);
+      }
+    }
+    EndProducts();
+    copier.Start(step + kAhead, stages[(stage + kAhead) % kStages<N>]);
+    arrive(stages[(stage + 1) % kStages<N>], of_next);
+  };
+#pragma unroll
+  for (int step = 0; step < kAhead; ++step) copier.Start(step, stages[step]);
+  arrive(stages[0], even);
+  for (int first = 0; first < copier.num_steps(); first += kStages<N>) {
+#pragma unroll
+    for (int stage = 0; stage < kStages<N>; stage += 2) {
+      if (first + stage >= copier.num_steps()) break;
+      multiply(first + stage, stage, even, odd);
+      multiply(first + stage + 1, stage + 1, odd, even);
+    }
+  }
+  WaitForProducts<0>();
+}
+
+// Eight threads have outputs next to each other of a row of y: a sector of 32 bytes.
+template <int N>
+__device__ __forceinline__ void StoreTile(const TileMemory& memory,
+                                          const int32_t (&sums)[N / 8][4]) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t output = OwnPanel() * kPanelRows + lane / 4;
+  const int64_t num_outputs = memory.num_outputs - output;
+  const int num_rows = memory.num_rows, y_stride = memory.y_stride;
+  float* const y = memory.y + output;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 8 * n + 2 * (lane % 4) + i;
+      if (row >= num_rows) continue;
+      const int32_t sum = memory.sums[row];
+      const float scale = memory.scales[row];
+      float* const to = y + int64_t{row} * y_stride;
+      if (num_outputs > 0) to[0] = static_cast<float>(sums[n][i] - sum) * scale;
+      if (num_outputs > 8) to[8] = static_cast<float>(sums[n][i + 2] - sum) * scale;
+    }
+  }
+}
+
+template <int N>
+__device__ inline void TileProduct(const QuantizedRows& x, const TernaryGroup& tile,
+                                   TileMemory& memory) {
+  if (threadIdx.x == 0) {
+    memory.y = tile.y;
+    memory.y_stride = static_cast<int>(tile.y_stride);
+    memory.num_rows = static_cast<int>(tile.num_rows);
+    memory.num_outputs = tile.weights.rows;
+  }
+  ForEach(tile.num_rows, [&](int64_t row) {
+    memory.scales[row] = tile.weights.scale * x.scales[tile.row_begin + row];
+    memory.sums[row] = x.sums[tile.row_begin + row];
+  });
+  int32_t sums[N / 8][4] = {};
+  MultiplySteps<N>(TileCopier<N>(x, tile), reinterpret_cast<Stage<N>*>(memory.ring), sums);
+  StoreTile<N>(memory, sums);
+}
+
+// The block's panels times rows `first` .. first + num_rows - 1 of the group.
+__device__ inline void PanelsTimesRows(const QuantizedRows& x, const TernaryGroup& group,
+                                       int64_t first, int64_t num_rows) {
+  __shared__ TileMemory memory;
+  TernaryGroup tile = group;
+  tile.row_begin += first;
+  tile.num_rows = num_rows;
+  tile.y += first * group.y_stride;
+  if (num_rows <= 32) {
+    TileProduct<32>(x, tile, memory);
+  } else if (num_rows <= 64) {
+    TileProduct<64>(x, tile, memory);
+  } else if (num_rows <= 96) {
+    TileProduct<96>(x, tile, memory);
+  } else {
+    TileProduct<128>(x, tile, memory);
+  }
+}
+
+// A block per tile and group.
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
+    TernaryTilesKernel(QuantizedRows x, TernaryGroups groups, int tile_rows) {
+  const TernaryGroup& group = groups.group[blockIdx.z];
+  const int64_t first = int64_t{blockIdx.y} * tile_rows, left = group.num_rows - first;
+  if (left <= 0 || int64_t{blockIdx.x} * kTilePanels >= group.weights.num_panels()) return;
+  PanelsTimesRows(x, group, first, left < tile_rows ? left : tile_rows);
+}
+
+// A block per panels and slot.
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
+    ExpertTilesKernel(ExpertMatmulArgs args, int tile_rows) {
+  const RowTile tile =
+      TileOfSlot(static_cast<int32_t>(blockIdx.y), args.begin, args.num_experts, tile_rows);
+  if (tile.num_rows == 0) return;
+  const TernaryGroup all = {
+      .weights = args.weights[tile.expert], .y = args.y, .y_stride = args.rows};
+  PanelsTimesRows(args.x, all, tile.first, tile.num_rows);
+}
+
+}  // namespace
+
+// ---- Launchers
+
+namespace cuda {
+
+void TernaryTiles(const QuantizedRows& x, const TernaryGroups& groups, int tile_rows,
+                  Executor& executor) {
+  const dim3 grid(Blocks(base::CeilDiv(groups.max_panels, kTilePanels)),
+                  Blocks(base::CeilDiv(groups.max_rows, tile_rows)), Blocks(groups.count));
+  Launch(TernaryTilesKernel, grid, kTileThreads, executor, x, groups, tile_rows);
+}
+
+void ExpertTiles(const ExpertMatmulArgs& args, int tile_rows, Executor& executor) {
+  const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
+  const dim3 grid(Blocks(base::CeilDiv(panels, kTilePanels)),
+                  Blocks(NumTileSlots(args.x.num_rows, args.num_experts, tile_rows)));
+  Launch(ExpertTilesKernel, grid, kTileThreads, executor, args, tile_rows);
+}
+
+}  // namespace cuda
+}  // namespace ternion::kernels

@@ -1,0 +1,21 @@
+// What the parts of the emulator share about the block that runs.
+#pragma once
+
+#include <cstdint>
+
+#include "tests/emulator/async.h"
+
+namespace ternion::emulator {
+
+[[noreturn]] void Fail(const char* what);
+
+Async& AsyncOfThread();
+// How often the block's threads have met.
+uint64_t RoundOfBlock();
+// Whether all threads have called ShowSharedToProducts since they met the last time but one.
+bool AllShown();
+
+// The shared memory that has an address's lower 18 bits, which is all that descriptors have.
+const uint8_t* SharedMemoryAt(int64_t address);
+
+}  // namespace ternion::emulator
