@@ -185,6 +185,17 @@ bool CanGoOn(const Fiber& fiber) {
   return !fiber.done && (fiber.waits_for == nullptr || fiber.waits_for->round != fiber.round);
 }
 
+// Each thread as far as it comes; whether one came further.
+bool RunWarp(int begin, int end) {
+  bool progress = false;
+  for (int i = begin; i < end; ++i) {
+    if (!CanGoOn(block.fibers[i])) continue;
+    Resume(block.fibers[i]);
+    progress = true;
+  }
+  return progress;
+}
+
 void RunBlock(int num_threads) {
   block.fibers.resize(std::max<size_t>(block.fibers.size(), num_threads));
   block.warps.assign((num_threads + kWarpThreads - 1) / kWarpThreads, Warp());
@@ -198,14 +209,17 @@ void RunBlock(int num_threads) {
     ++block.warps[i / kWarpThreads].barrier.live;
     Prepare(fiber);
   }
-  for (bool progress = true; block.barrier.live > 0;) {
+  // By turns up and down the warps, so that each is far ahead of some that it may have to wait for.
+  const int num_warps = static_cast<int>(block.warps.size());
+  bool progress = true;
+  for (int round = 0; block.barrier.live > 0; ++round) {
     if (!progress) Fail("a barrier that some threads never reach");
     progress = false;
-    for (int i = 0; i < num_threads; ++i) {
-      Fiber& fiber = block.fibers[i];
-      if (!CanGoOn(fiber)) continue;
-      progress = true;
-      Resume(fiber);
+    for (int i = 0; i < num_warps; ++i) {
+      const int warp = round % 2 == 0 ? i : num_warps - 1 - i;
+      while (RunWarp(warp * kWarpThreads, std::min((warp + 1) * kWarpThreads, num_threads))) {
+        progress = true;
+      }
     }
   }
 }

@@ -12,7 +12,8 @@ struct Shape {
   int k;
   int num_experts;
 };
-const Shape kShapes[] = {{1, 1, 1}, {1, 8, 8}, {5, 2, 3}, {33, 8, 64}, {7, 3, 40}, {3, 4, 2500}};
+const Shape kShapes[] = {{1, 1, 1},  {1, 8, 8},    {5, 2, 3},  {33, 8, 64},
+                         {7, 3, 40}, {3, 4, 2500}, {100, 2, 3}};
 
 // The k distinct experts of each row.
 std::vector<int32_t> RandomChoice(const Shape& shape, uint32_t seed) {
