@@ -89,10 +89,6 @@ T __shfl_up_sync(unsigned, T value, int delta) {
 inline size_t __cvta_generic_to_shared(const void* data) {
   return ternion::emulator::AddressOfShared(data);
 }
-template <typename T>
-T __ldg(const T* data) {
-  return *data;
-}
 
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) {

@@ -112,6 +112,7 @@ struct Block {
 };
 
 thread_local Block block;
+thread_local const uint8_t* shared_memory;  // of which an address was asked the last time
 
 // On each side of a switch the sanitizer hears of it.
 void Leave([[maybe_unused]] void** frames, [[maybe_unused]] const void* bottom,
@@ -344,14 +345,11 @@ WordsOfWarp ExchangeWords(const uint32_t (&words)[kWords]) {
   return given;
 }
 
-static thread_local const uint8_t* shared_memory;
-
 size_t AddressOfShared(const void* data) {
   shared_memory = static_cast<const uint8_t*>(data);
   return reinterpret_cast<uintptr_t>(data) & 0xffffffff;
 }
 
-// The nearest to what an address was asked of the last time.
 const uint8_t* SharedMemoryAt(int64_t address) {
   constexpr int64_t kWindow = 1 << 18;
   const int64_t ahead =

@@ -63,7 +63,7 @@ class TernaryTiles : public testing::TestWithParam<TileCase> {
     std::vector<TernaryGroup> groups, by_hand;
     for (const Part& part : parts) {
       const int64_t stride = part.weights->panels.view.rows + 3;
-      for (auto* floats : {&y, &expected}) floats->emplace_back(part.num_rows * stride, kGuard);
+      for (auto* floats : {&y, &expected}) floats->emplace_back(part.num_rows * stride + 1, kGuard);
       groups.push_back({part.weights->tiles.view, part.row_begin, part.num_rows, y.back().data(),
                         stride, nullptr});
       by_hand.push_back({part.weights->panels.view, part.row_begin, part.num_rows,
