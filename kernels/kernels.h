@@ -35,6 +35,7 @@ struct Executor {
   // CPU both are the host's.
   base::Memory* memory = &base::HostMemory();   // weights, activations, the KV cache
   base::Memory* staging = &base::HostMemory();  // the host reaches it, too: ids, tables, messages
+  std::span<uint8_t> scratch = {};  // of a GPU: an op's own until the next; threads have theirs
 };
 
 // A bf16 or fp32 matrix that stays dense: embedding, head, gate. A view of mapped or owned memory.
@@ -169,18 +170,23 @@ struct KvStoreArgs {
 };
 
 // Causal grouped-query attention of each row over positions 0 .. positions[row] of its own page
-// table: out = softmax(q K^T * scale) V in fp32, tiled by absolute position (so that chunks of a
-// prefill and single decode steps give the same bits). Scores are summed over head_dim, and values
-// over tokens, one after the other in ascending order. Below bf16 the codes take the place of keys
-// and values: a score is (q . code) * (key scale * scale), and a weight times its value scale
-// multiplies the codes; position 0, which stays bf16, starts the softmax, its score summed in 16
-// lanes as above. heads / kv_heads * (head_dim + 32) + 512 floats fit into a thread's scratch.
+// table: out = softmax(q K^T * scale) V in fp32. Each page has a softmax of its own (so that chunks
+// of a prefill and single decode steps give the same bits, and a GPU can take all pages at once),
+// with m its largest score, l the sum of its weights e^(score - m) in 16 lanes as above, and o the
+// sum of its weighted values; pages are joined in ascending order: with M = max(m', m),
+// l = l' e^(m' - M) + l e^(m - M), and o likewise, from m' = -infinity, l' = 0, o' = 0. Scores are
+// summed over head_dim, and values over tokens, one after the other in ascending order. Below bf16
+// the codes take the place of keys and values: a score is (q . code) * (key scale * scale), and a
+// weight times its value scale multiplies the codes. Position 0, which stays bf16, has its score
+// summed in 16 lanes; its weighted value comes first. (heads / kv_heads) * (head_dim + 48) + 512
+// floats fit into a thread's scratch.
 struct AttentionArgs {
   const float* q = nullptr;              // [num_rows, q_stride], heads * head_dim columns
   const KvPage* const* pages = nullptr;  // [num_rows] page table of the row's sequence
   const int32_t* positions = nullptr;    // [num_rows]
   float* out = nullptr;                  // [num_rows, out_stride]
   int64_t num_rows = 0;
+  int64_t max_tokens = 0;  // no row sees more; a GPU deals out its work by it, or not at all at 0
   int64_t q_stride = 0;
   int64_t out_stride = 0;
   int heads = 0;

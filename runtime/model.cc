@@ -154,6 +154,10 @@ absl::Status Model::TakeBatch(const Batch& batch) {
   TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
   std::copy(batch.tokens.begin(), batch.tokens.end(), tokens_.data());
   std::copy(batch.positions.begin(), batch.positions.end(), positions_.data());
+  max_tokens_ = 0;
+  for (const int32_t position : batch.positions) {
+    max_tokens_ = std::max<int64_t>(max_tokens_, position + 1);
+  }
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     const kernels::KvPage** const tables = page_tables_.data() + layer * options_.max_rows;
     for (int64_t row = 0; row < batch.num_rows(); ++row) {
@@ -319,6 +323,7 @@ void Model::AttendOverCache(int index, const Part& part) {
                                  .positions = positions_.data() + part.begin,
                                  .out = attended_.data(),
                                  .num_rows = rows,
+                                 .max_tokens = max_tokens_,
                                  .q_stride = config_.q_dim(),
                                  .out_stride = config_.q_dim(),
                                  .heads = heads,

@@ -170,6 +170,7 @@ class Model {
   // What ops read and the host writes.
   base::Array<int32_t> tokens_, positions_;          // [rows] of the batch
   base::Array<const kernels::KvPage*> page_tables_;  // [layers, rows]
+  int64_t max_tokens_ = 0;                           // that a row of the batch sees
   base::Array<int32_t> logit_ids_;                   // [kMaxLogitRows] rows of hidden_
   base::Array<const float*> sum_terms_;              // [rows] rows of out_
   base::Array<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...

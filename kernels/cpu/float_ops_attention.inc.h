@@ -1,9 +1,10 @@
 // Attention over paged keys and values.
 //
-// A task is one row and one KV head. It walks the row's pages in order with a running softmax: the
-// page is the tile, so a result depends on the position alone. All query heads of the KV head pass
-// over a page while it is in cache, four at a time over the same registers of keys and values.
-// Pages below bf16 differ in how those registers are filled and in the scales of their tokens.
+// A task is one row and one KV head. It walks the row's pages in order and joins the softmax of
+// each with that of those before: the page is the tile, so a result depends on the position alone.
+// All query heads of the KV head pass over a page while it is in cache, four at a time over the
+// same registers of keys and values. Pages below bf16 differ in how those registers are filled and
+// in the scales of their tokens.
 #pragma once
 
 #include "kernels/cpu/float_ops_common.inc.h"
@@ -24,13 +25,16 @@ struct PageView {
   const uint8_t* values;
   const float* key_scales;    // [kPageTokens], or null at bf16
   const float* value_scales;  // [kPageTokens], or null at bf16
-  bool skip_first;            // its token 0 has been counted already
-  int count;                  // 1 .. kPageTokens
+  const uint16_t* first_key;  // [head_dim] of token 0 in place of its codes, or null
+  const uint16_t* first_value;
+  int count;  // 1 .. kPageTokens
   int head_dim;
 };
 
 template <KvFormat kFormat>
-inline PageView ViewPage(const KvPage& page, int kv_head, int head_dim, int begin, int count) {
+inline PageView ViewPage(const AttentionArgs& args, int64_t row, int kv_head, int begin) {
+  const KvPage& page = args.pages[row][begin / kPageTokens];
+  const int head_dim = args.head_dim, count = args.positions[row] + 1 - begin;
   const int64_t vector = int64_t{kBitsOf<kFormat>} * head_dim * kPageTokens / 8;
   const int64_t values =
       kPacked<kFormat> ? base::CeilDiv(head_dim, kLanes) * kValueBlockBytes<kFormat> : vector;
@@ -41,7 +45,10 @@ inline PageView ViewPage(const KvPage& page, int kv_head, int head_dim, int begi
   if constexpr (kFormat != KvFormat::kBf16) {
     view.key_scales = page.key_scales + scales;
     view.value_scales = page.value_scales + scales;
-    view.skip_first = begin == 0;
+    if (begin == 0) {
+      view.first_key = page.first + int64_t{kv_head} * head_dim;
+      view.first_value = view.first_key + int64_t{args.kv_heads} * head_dim;
+    }
   }
   view.count = count < kPageTokens ? count : kPageTokens;
   view.head_dim = head_dim;
@@ -60,10 +67,10 @@ inline F32x16 LoadElements(const uint8_t* data, int64_t index, int64_t n) {
   }
 }
 
-// The running softmax of the query heads of one task, in the thread's scratch.
+// The softmax of the query heads of one task over the pages so far, in the thread's scratch.
 struct SoftmaxState {
-  float* largest;  // [heads] largest score so far
-  float* sums;     // [heads, kLanes] weights so far, added over lanes at the end
+  float* largest;  // [heads, kLanes] largest score so far, in all lanes
+  float* sums;     // [heads, kLanes] weights so far, in all lanes
   float* outs;     // [heads, padded_dim] weighted values so far
   float* weights;  // [heads of a group, kPageTokens] scores, then weights, of the current page
   int64_t padded_dim;
@@ -113,38 +120,53 @@ inline void ScoreTile(const float* q, const PageView& page, int token, float sca
   }
 }
 
-// Makes weights e^(score - largest) of `count` scores and adds them to the 16 lanes of `sum`.
-// Returns the factor (in all lanes) for what was summed before under a smaller maximum.
-inline F32x16 UpdateSoftmax(float* scores, int count, float* largest, float* sum) {
-  F32x16 top = Set1(*largest);
+// How a page joins what was before for one query head; each in all lanes.
+struct PageShare {
+  F32x16 before, now;  // factors of what was summed before and of what this page sums
+  F32x16 first;        // weight of token 0
+};
+
+// `count` scores of a page become weights e^(score - the page's largest), and those the page's sum.
+inline PageShare UpdateSoftmax(float* scores, int count, float* largest, float* sum) {
+  F32x16 top = Set1(-__builtin_inff());
   ForEachVector(count, [&](int64_t i, int64_t n) {
     top = Max(FirstN(Load(scores + i), n, Set1(-__builtin_inff())), top);
   });
-  const F32x16 now = Set1(MaxLane(top));
-  const F32x16 factor = Exp(Set1(*largest) - now);
-  F32x16 total = Load(sum) * factor;
+  top = Set1(MaxLane(top));
+  F32x16 total = Zero();
   ForEachVector(count, [&](int64_t i, int64_t n) {
-    const F32x16 weight = FirstN(Exp(Load(scores + i) - now), n, Zero());
+    const F32x16 weight = FirstN(Exp(Load(scores + i) - top), n, Zero());
     total = total + weight;
     Store(weight, scores + i);
   });
-  *largest = MaxLane(now);
-  Store(total, sum);
-  return factor;
+  const F32x16 so_far = Load(largest), joined = Max(top, so_far);
+  const PageShare share = {Exp(so_far - joined), Exp(top - joined), Set1(scores[0])};
+  Store(joined, largest);
+  Store(Load(sum) * share.before + Set1(Sum(total)) * share.now, sum);
+  return share;
 }
 
-// outs[g] = outs[g] * factors[g] + sum over tokens of weights[g][token] * values[token], for T
+// outs[g] = outs[g] * before + (sum over tokens of weights[g][token] * values[token]) * now, for T
 // vectors of the head; with T = 1, the vector's first n elements.
 template <KvFormat kFormat, int G, int T>
 inline void ValueTile(const float* weights, const PageView& page, int64_t begin, int64_t n,
-                      const F32x16* factors, float* outs, int64_t padded_dim) {
+                      const PageShare* shares, float* outs, int64_t padded_dim) {
   constexpr int kBits = kBitsOf<kFormat>;
   F32x16 sums[G][T];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      sums[g][t] = Load(outs + g * padded_dim + begin + t * kLanes) * factors[g];
+      sums[g][t] = Zero();
+    }
+  }
+  if (kFormat != KvFormat::kBf16 && page.first_value != nullptr) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const uint16_t* value = page.first_value + begin + t * kLanes;
+      const F32x16 v = LoadBf16N(value, T == 1 ? n : kLanes);
+#pragma GCC unroll 16
+      for (int g = 0; g < G; ++g) sums[g][t] = shares[g].first * v;
     }
   }
   U32x16 words[T] = {};
@@ -180,21 +202,35 @@ inline void ValueTile(const float* weights, const PageView& page, int64_t begin,
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) Store(sums[g][t], outs + g * padded_dim + begin + t * kLanes);
+    for (int t = 0; t < T; ++t) {
+      float* out = outs + g * padded_dim + begin + t * kLanes;
+      Store(Load(out) * shares[g].before + sums[g][t] * shares[g].now, out);
+    }
   }
 }
 
-// Scores of one query head become weights; returns the factor of what was summed before.
+// q . key * scale, in the order of 16 lanes.
+inline float ScoreFirst(const float* q, const uint16_t* key, int head_dim, float scale) {
+  F32x16 sum = Zero();
+  ForEachVector(head_dim,
+                [&](int64_t i, int64_t n) { sum = sum + LoadN(q + i, n) * LoadBf16N(key + i, n); });
+  return Sum(sum) * scale;
+}
+
+// Scores of one query head become weights. Where token 0 is bf16, the scale of its code is 0.
 template <KvFormat kFormat>
-inline F32x16 WeighPage(const PageView& page, float* scores, float* largest, float* sum) {
-  if (page.skip_first) scores[0] = -__builtin_inff();
-  const F32x16 factor = UpdateSoftmax(scores, page.count, largest, sum);
+inline PageShare WeighPage(const PageView& page, const float* q, float scale, float* scores,
+                           float* largest, float* sum) {
+  if (kFormat != KvFormat::kBf16 && page.first_key != nullptr) {
+    scores[0] = ScoreFirst(q, page.first_key, page.head_dim, scale);
+  }
+  const PageShare share = UpdateSoftmax(scores, page.count, largest, sum);
   if constexpr (kFormat != KvFormat::kBf16) {
     ForEachVector(page.count, [&](int64_t i, int64_t) {
       Store(Load(scores + i) * Load(page.value_scales + i), scores + i);
     });
   }
-  return factor;
+  return share;
 }
 
 // One page for query heads first .. first + G - 1 of the task.
@@ -210,20 +246,22 @@ inline void AttendPage(const float* q, const PageView& page, float scale, const 
   for (; token < page.count; token += kLanes) {
     ScoreTile<kFormat, G, 1>(queries, page, token, scale, state.weights);
   }
-  F32x16 factors[G];
+  PageShare shares[G];
 #pragma GCC unroll 16
   for (int g = 0; g < G; ++g) {
-    factors[g] = WeighPage<kFormat>(page, state.weights + g * kPageTokens,
-                                    state.largest + first + g, state.sums + (first + g) * kLanes);
+    const int at = (first + g) * kLanes;
+    shares[g] =
+        WeighPage<kFormat>(page, queries + g * page.head_dim, scale,
+                           state.weights + g * kPageTokens, state.largest + at, state.sums + at);
   }
   float* outs = state.outs + first * state.padded_dim;
   int64_t d = 0;
   for (; d + kTile * kLanes <= page.head_dim; d += kTile * kLanes) {
-    ValueTile<kFormat, G, kTile>(state.weights, page, d, kLanes, factors, outs, state.padded_dim);
+    ValueTile<kFormat, G, kTile>(state.weights, page, d, kLanes, shares, outs, state.padded_dim);
   }
   for (; d < page.head_dim; d += kLanes) {
     const int64_t n = page.head_dim - d < kLanes ? page.head_dim - d : kLanes;
-    ValueTile<kFormat, G, 1>(state.weights, page, d, n, factors, outs, state.padded_dim);
+    ValueTile<kFormat, G, 1>(state.weights, page, d, n, shares, outs, state.padded_dim);
   }
 }
 
@@ -235,22 +273,8 @@ inline SoftmaxState EmptyState(uint8_t* scratch, int heads, int head_dim) {
   state.outs = state.sums + heads * kLanes;
   state.largest = state.outs + heads * state.padded_dim;
   std::memset(state.sums, 0, static_cast<size_t>(state.largest - state.sums) * sizeof(float));
-  for (int h = 0; h < heads; ++h) state.largest[h] = -__builtin_inff();
+  for (int i = 0; i < heads * kLanes; ++i) state.largest[i] = -__builtin_inff();
   return state;
-}
-
-// The softmax of position 0 alone, whose key and value are bf16 at every format.
-inline void AttendFirst(const float* q, const uint16_t* key, const uint16_t* value, int heads,
-                        int head_dim, float scale, const SoftmaxState& state) {
-  for (int h = 0; h < heads; ++h) {
-    F32x16 sum = Zero();
-    ForEachVector(head_dim, [&](int64_t i, int64_t n) {
-      sum = sum + LoadN(q + h * head_dim + i, n) * LoadBf16N(key + i, n);
-      Store(LoadBf16N(value + i, n), state.outs + h * state.padded_dim + i);
-    });
-    state.largest[h] = Sum(sum) * scale;
-    state.sums[h * kLanes] = 1.0f;
-  }
 }
 
 // One task: the query heads of `kv_head` of one row.
@@ -261,14 +285,8 @@ void AttendRow(const AttentionArgs& args, int64_t row, int kv_head, uint8_t* scr
   const float* q = args.q + row * args.q_stride + first_column;
   const SoftmaxState state = EmptyState(scratch, heads, args.head_dim);
   const int num_tokens = args.positions[row] + 1;
-  if constexpr (kFormat != KvFormat::kBf16) {
-    const uint16_t* key = args.pages[row][0].first + int64_t{kv_head} * args.head_dim;
-    const uint16_t* value = key + int64_t{args.kv_heads} * args.head_dim;
-    AttendFirst(q, key, value, heads, args.head_dim, args.scale, state);
-  }
   for (int begin = 0; begin < num_tokens; begin += kPageTokens) {
-    const PageView page = ViewPage<kFormat>(args.pages[row][begin / kPageTokens], kv_head,
-                                            args.head_dim, begin, num_tokens - begin);
+    const PageView page = ViewPage<kFormat>(args, row, kv_head, begin);
     int h = 0;
     for (; h + 4 <= heads; h += 4) AttendPage<kFormat, 4>(q, page, args.scale, state, h);
     for (; h + 2 <= heads; h += 2) AttendPage<kFormat, 2>(q, page, args.scale, state, h);
@@ -276,7 +294,7 @@ void AttendRow(const AttentionArgs& args, int64_t row, int kv_head, uint8_t* scr
   }
   float* out = args.out + row * args.out_stride + first_column;
   for (int h = 0; h < heads; ++h) {
-    const F32x16 sum = Set1(Sum(Load(state.sums + h * kLanes)));
+    const F32x16 sum = Load(state.sums + h * kLanes);
     ForEachVector(args.head_dim, [&](int64_t i, int64_t n) {
       const float* weighted = state.outs + h * state.padded_dim;
       StoreN(Load(weighted + i) / sum, out + h * args.head_dim + i, n);

@@ -1,338 +1,357 @@
-// Writing keys and values into the pages of the KV cache (kernels/kv_page.h), and attention over
-// them.
+// Attention over the pages of the KV cache, page by page (kernels/kernels.h, AttentionArgs). Where
+// rows are few, blocks take a page each, and a second kernel joins what they found.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/kv_page.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/variants.h"
 
 namespace ternion::kernels {
 namespace {
 
-constexpr int kWordCodes = 8;   // codes of a word, below 8 bits
-constexpr int kWordLanes = 16;  // words side by side
-
-// ---- Where codes lie
-
-// Of one KV head's keys or values in a page.
-template <KvFormat kFormat>
-struct PageLayout {
-  static constexpr int kBits = KvBits(kFormat);
-  static constexpr bool kPacked = kBits < 8;
-  static constexpr int64_t kWordsBytes = int64_t{kWordLanes} * kBits;
-  static constexpr int64_t kValueBlockBytes = kPageTokens / kWordCodes * kWordsBytes;
-
-  static __device__ int64_t KeysBytes(int head_dim) {
-    return int64_t{kBits} * head_dim * kPageTokens / 8;
-  }
-  static __device__ int64_t ValuesBytes(int head_dim) {
-    return kPacked ? base::CeilDiv(head_dim, kWordLanes) * kValueBlockBytes : KeysBytes(head_dim);
-  }
-  // First byte of the word that holds a code, which is its `KeyField`-th or `ValueField`-th.
-  static __device__ int64_t KeyWord(int d, int token) {
-    return d * kWordsBytes + token % kWordLanes * kBits;
-  }
-  static __device__ int KeyField(int token) { return token / kWordLanes; }
-  static __device__ int64_t ValueWord(int d, int token) {
-    return d / kWordLanes * kValueBlockBytes + token / kWordCodes * kWordsBytes +
-           d % kWordLanes * kBits;
-  }
-  static __device__ int ValueField(int token) { return token % kWordCodes; }
-};
-
-// A code of kBits as code - 2^(kBits - 1) + 0.5.
-template <int kBits>
-__device__ inline float CodeAt(const uint8_t* word, int field) {
-  const int bit = field * kBits;
-  uint32_t bits = word[bit / 8];
-  if (bit % 8 + kBits > 8) bits |= uint32_t{word[bit / 8 + 1]} << 8;
-  const int code = static_cast<int>(bits >> bit % 8 & ((1 << kBits) - 1));
-  return static_cast<float>(code) + (0.5f - (1 << (kBits - 1)));
-}
-
-template <int kBits>
-__device__ inline void SetCode(uint8_t* word, int field, int code) {
-  const int bit = field * kBits;
-  uint8_t* byte = word + bit / 8;
-  const int mask = ((1 << kBits) - 1) << bit % 8;
-  const int bits = code << bit % 8;
-  byte[0] = static_cast<uint8_t>((byte[0] & ~mask) | bits);
-  if (mask > 255) byte[1] = static_cast<uint8_t>((byte[1] & ~(mask >> 8)) | bits >> 8);
-}
-
-// One KV head's share of a page.
-struct HeadPage {
-  uint8_t* keys;
-  uint8_t* values;
-  float* key_scales;    // [kPageTokens], null at bf16
-  float* value_scales;  // [kPageTokens], null at bf16
-};
-template <KvFormat kFormat>
-__device__ inline HeadPage ShareOf(const KvPage& page, int kv_head, int head_dim) {
-  using Layout = PageLayout<kFormat>;
-  const int64_t scales = int64_t{kv_head} * kPageTokens;
-  const bool scaled = kFormat != KvFormat::kBf16;
-  return {static_cast<uint8_t*>(page.keys) + kv_head * Layout::KeysBytes(head_dim),
-          static_cast<uint8_t*>(page.values) + kv_head * Layout::ValuesBytes(head_dim),
-          scaled ? page.key_scales + scales : nullptr,
-          scaled ? page.value_scales + scales : nullptr};
-}
-
-template <KvFormat kFormat>
-__device__ inline float KeyAt(const HeadPage& page, int d, int token) {
-  using Layout = PageLayout<kFormat>;
-  const int64_t index = int64_t{d} * kPageTokens + token;
-  if constexpr (kFormat == KvFormat::kBf16) {
-    return FromBf16(reinterpret_cast<const uint16_t*>(page.keys)[index]);
-  } else if constexpr (kFormat == KvFormat::kInt8) {
-    return static_cast<float>(reinterpret_cast<const int8_t*>(page.keys)[index]);
-  } else {
-    return CodeAt<Layout::kBits>(page.keys + Layout::KeyWord(d, token), Layout::KeyField(token));
-  }
-}
-template <KvFormat kFormat>
-__device__ inline float ValueAt(const HeadPage& page, int d, int token, int head_dim) {
-  using Layout = PageLayout<kFormat>;
-  const int64_t index = int64_t{token} * head_dim + d;
-  if constexpr (kFormat == KvFormat::kBf16) {
-    return FromBf16(reinterpret_cast<const uint16_t*>(page.values)[index]);
-  } else if constexpr (kFormat == KvFormat::kInt8) {
-    return static_cast<float>(reinterpret_cast<const int8_t*>(page.values)[index]);
-  } else {
-    return CodeAt<Layout::kBits>(page.values + Layout::ValueWord(d, token),
-                                 Layout::ValueField(token));
-  }
-}
-
-// ---- CUDA kernels: writing
-
-// Writes code(element) of one head, by the block; returns what one step is worth.
-template <int kBits, typename F>
-__device__ inline float QuantizeHead(const float* x, int head_dim, F write) {
-  constexpr bool kMidRise = kBits < 8;
-  constexpr float kLevels = kMidRise ? 1 << (kBits - 1) : 127;
-  float largest = 1e-5f;
-  ForEach(head_dim, [&](int64_t d) { largest = Max(fabsf(x[d]), largest); });
-  const float absmax = BlockReduce(largest, [](float a, float b) { return Max(a, b); });
-  const float scale = kLevels / absmax;
-  ForEach(head_dim, [&](int64_t d) {
-    const float scaled = x[d] * scale;
-    const float code = kMidRise ? Floor(Min(Max(scaled, -kLevels), kLevels - 1)) + kLevels
-                                : RoundWithin(scaled, -kLevels, kLevels);
-    write(static_cast<int>(d), static_cast<int>(code));
-  });
-  return absmax / kLevels;
-}
-
-// One vector of a row: the keys of a KV head, or its values.
-template <KvFormat kFormat>
-__device__ inline void StoreVector(const KvStoreArgs& args, int64_t row, int vector) {
-  using Layout = PageLayout<kFormat>;
-  const bool is_key = vector < args.kv_heads;
-  const int kv_head = is_key ? vector : vector - args.kv_heads;
-  const int position = args.positions[row], slot = position % kPageTokens;
-  const int head_dim = args.head_dim;
-  const KvPage& page = args.pages[row][position / kPageTokens];
-  const HeadPage share = ShareOf<kFormat>(page, kv_head, head_dim);
-  const float* x = (is_key ? args.k : args.v) + row * args.stride + int64_t{kv_head} * head_dim;
-  uint8_t* const data = is_key ? share.keys : share.values;
-  const auto index = [=](int64_t d) {
-    return is_key ? d * kPageTokens + slot : int64_t{slot} * head_dim + d;
-  };
-  if constexpr (kFormat == KvFormat::kBf16) {
-    ForEach(head_dim,
-            [&](int64_t d) { reinterpret_cast<uint16_t*>(data)[index(d)] = ToBf16(x[d]); });
-  } else {
-    float* const scale = (is_key ? share.key_scales : share.value_scales) + slot;
-    if (position == 0) {
-      uint16_t* first = page.first + int64_t{vector} * head_dim;
-      ForEach(head_dim, [&](int64_t d) { first[d] = ToBf16(x[d]); });
-      if (threadIdx.x == 0) *scale = 0;
-      return;
-    }
-    const float step = QuantizeHead<Layout::kBits>(x, head_dim, [&](int d, int code) {
-      if constexpr (!Layout::kPacked) {
-        data[index(d)] = static_cast<uint8_t>(code);
-      } else if (is_key) {
-        SetCode<Layout::kBits>(data + Layout::KeyWord(d, slot), Layout::KeyField(slot), code);
-      } else {
-        SetCode<Layout::kBits>(data + Layout::ValueWord(d, slot), Layout::ValueField(slot), code);
-      }
-    });
-    if (threadIdx.x == 0) *scale = step;
-  }
-}
-
-// A block per vector and row; where tokens share words, a block per vector takes all rows.
-template <KvFormat kFormat>
-__global__ void KvStoreKernel(KvStoreArgs args) {
-  for (int64_t row = blockIdx.y; row < args.num_rows; row += gridDim.y) {
-    StoreVector<kFormat>(args, row, blockIdx.x);
-    __syncthreads();
-  }
-}
-
-template <KvFormat kFormat>
-void KvStoreAs(const KvStoreArgs& args, Executor& executor) {
-  const int64_t rows = PageLayout<kFormat>::kPacked ? 1 : args.num_rows;
-  const unsigned blocks_of_rows = Blocks(rows < 32768 ? rows : 32768);
-  Launch(KvStoreKernel<kFormat>,
-         dim3(Blocks(int64_t{2} * args.kv_heads), args.num_rows == 0 ? 0 : blocks_of_rows),
-         ThreadsFor(args.head_dim, 128), executor, args);
-}
-
-// ---- CUDA kernels: attention
+// ---- CUDA kernels
 
 constexpr int kHeads = 4;        // query heads of a KV head that pass over a page together
 constexpr int kMaxElements = 8;  // of a head that one thread can have: head_dim is at most 1024
 
-// The running softmax of kHeads query heads. Shared by the block but for `outs`, of which a thread
-// has elements threadIdx.x + n * kPageTokens.
-struct SoftmaxState {
-  float weights[kHeads][kPageTokens];  // scores, then weights, of the current page
-  float lanes[kHeads][kLanes];         // weights so far, added over lanes at the end
-  float largest[kHeads];               // largest score so far
-  float factor[kHeads];                // for what was summed under a smaller maximum
+// The softmax of one query head over some tokens, as one thread has it: elements
+// threadIdx.x + n * kPageTokens of the weighted values.
+template <int kElements>
+struct Softmax {
+  float largest = -Infinity();
+  float sum = 0;
+  float out[kElements] = {};
 };
 
-// weights[h][token] of `count` tokens become e^(score - largest), and are added to the lanes. By
-// one warp per head.
-__device__ inline void UpdateSoftmax(SoftmaxState& state, int heads, int count) {
-  const int lane = threadIdx.x % kWarp;
-  for (int h = threadIdx.x / kWarp; h < heads; h += kPageTokens / kWarp) {
-    float* weights = state.weights[h];
-    float top = state.largest[h];
-    for (int t = lane; t < count; t += kWarp) top = Max(weights[t], top);
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      top = Max(top, __shfl_xor_sync(kFullWarp, top, distance));
-    }
-    const float factor = Exp(state.largest[h] - top);
-    for (int t = lane; t < count; t += kWarp) weights[t] = Exp(weights[t] - top);
-    __syncwarp();
-    if (lane < kLanes) {
-      float sum = state.lanes[h][lane] * factor;
-      for (int t = lane; t < count; t += kLanes) sum = sum + weights[t];
-      state.lanes[h][lane] = sum;
-    }
-    if (lane == 0) {
-      state.largest[h] = top;
-      state.factor[h] = factor;
-    }
-    __syncwarp();
-  }
+template <int kElements>
+__device__ inline void Join(const Softmax<kElements>& page, Softmax<kElements>& all) {
+  const float joined = Max(page.largest, all.largest);
+  const float before = Exp(all.largest - joined), now = Exp(page.largest - joined);
+  all.largest = joined;
+  all.sum = all.sum * before + page.sum * now;
+#pragma unroll
+  for (int n = 0; n < kElements; ++n) all.out[n] = all.out[n] * before + page.out[n] * now;
 }
 
-// The softmax of position 0 alone, whose key and value are bf16 below bf16.
+// What a block works on: some query heads of one row over one KV head's share of a page.
+struct PageTask {
+  HeadPage page;
+  int heads = 0;  // at most kHeads
+  int head_dim = 0;
+  int count = 0;  // of tokens, at most kPageTokens
+  float scale = 0;
+  const uint16_t* first_key = nullptr;  // [head_dim] of token 0 in place of its codes, or null
+  const uint16_t* first_value = nullptr;
+};
+
 template <int kElements>
-__device__ inline void AttendFirst(const float* q, const uint16_t* key, const uint16_t* value,
-                                   int heads, int head_dim, float scale, SoftmaxState& state,
-                                   float (&outs)[kHeads][kElements]) {
-  for (int h = 0; h < heads; ++h) {
-    const float* query = q + int64_t{h} * head_dim;
-    const float score = LaneSum(head_dim, [&](int64_t d) { return query[d] * FromBf16(key[d]); });
-    if (threadIdx.x == 0) {
-      state.largest[h] = score * scale;
-      state.lanes[h][0] = 1.0f;
-    }
-    for (int n = 0; n < kElements; ++n) {
-      const int d = static_cast<int>(threadIdx.x) + n * kPageTokens;
-      if (d < head_dim) outs[h][n] = FromBf16(value[d]);
-    }
-  }
+struct BlockMemory {
+  // All keys of a bf16 page with 128 elements, or all values; of larger heads, a piece at a time.
+  static constexpr int kStageBytes = kElements == 1 ? 32768 : 16384;
+  alignas(16) uint8_t stage[kStageBytes];
+  float queries[kElements * kPageTokens][kHeads];
+  float weights[kPageTokens][kHeads];  // scores, then weights
+  float largest[kHeads], sums[kHeads];
+};
+
+// Copies what the whole block reads next. Bytes and addresses are multiples of 16.
+__device__ inline void Stage(const uint8_t* from, int64_t bytes, uint8_t* stage) {
+  __syncthreads();
+  ForEach(bytes / 16, [&](int64_t i) { StartCopy<16>(from + 16 * i, stage + 16 * i); });
+  EndCopies();
+  WaitForCopies<0>();
   __syncthreads();
 }
 
-// A block of a thread per token of a page, for one row and KV head. Scores are summed over the head
-// and values over tokens one after the other.
+// While keys are read, values come closer.
+__device__ inline void Prefetch(const uint8_t* data, int64_t bytes) {
+  constexpr int kLine = 128;
+  ForEach(base::CeilDiv(bytes, kLine), [&](int64_t i) { PrefetchLine(data + kLine * i); });
+}
+
+// Scores of the thread's token.
 template <KvFormat kFormat, int kElements>
-__global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs args) {
-  __shared__ SoftmaxState state;
-  __shared__ float queries[kHeads][kElements * kPageTokens];
+__device__ inline void ScorePage(const PageTask& task, BlockMemory<kElements>& memory) {
+  constexpr int kElementBytes = KvBits(kFormat) * kPageTokens / 8;
+  constexpr int kPiece = BlockMemory<kElements>::kStageBytes / kElementBytes;
+  const int token = threadIdx.x;
+  float scores[kHeads] = {};
+  for (int begin = 0; begin < task.head_dim; begin += kPiece) {
+    const int piece = task.head_dim - begin < kPiece ? task.head_dim - begin : kPiece;
+    Stage(task.page.keys + int64_t{begin} * kElementBytes, int64_t{piece} * kElementBytes,
+          memory.stage);
+#pragma unroll 8
+    for (int d = 0; d < piece; ++d) {
+      const float key = KeyAt<kFormat>(memory.stage, d, token);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) scores[h] = scores[h] + memory.queries[begin + d][h] * key;
+    }
+  }
+  if (token >= task.count) return;
+  float factor = task.scale;
+  if constexpr (kFormat != KvFormat::kBf16) factor = task.page.key_scales[token] * factor;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) memory.weights[token][h] = scores[h] * factor;
+}
+
+// In place of the score of token 0's code.
+template <int kElements>
+__device__ inline void ScoreFirst(const PageTask& task, BlockMemory<kElements>& memory) {
+  for (int h = 0; h < task.heads; ++h) {
+    const float score = LaneSum(task.head_dim, [&](int64_t d) {
+      return memory.queries[d][h] * FromBf16(task.first_key[d]);
+    });
+    if (threadIdx.x == 0) memory.weights[0][h] = score * task.scale;
+  }
+}
+
+// Scores become weights, by a warp per head.
+template <int kElements>
+__device__ inline void WeighPage(int count, BlockMemory<kElements>& memory) {
+  const int h = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float top = -Infinity();
+  for (int t = lane; t < count; t += kWarp) top = Max(memory.weights[t][h], top);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    top = Max(top, __shfl_xor_sync(kFullWarp, top, distance));
+  }
+  for (int t = lane; t < count; t += kWarp) {
+    memory.weights[t][h] = Exp(memory.weights[t][h] - top);
+  }
+  __syncwarp();
+  float sum = 0;
+  if (lane < kLanes) {
+    for (int t = lane; t < count; t += kLanes) sum = sum + memory.weights[t][h];
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    sum = sum + __shfl_xor_sync(kFullWarp, sum, distance);
+  }
+  if (lane == 0) {
+    memory.largest[h] = top;
+    memory.sums[h] = sum;
+  }
+}
+
+// Adds weight * value of tokens `begin` .. `end` - 1 to the thread's n-th element. `values` are
+// those from token `begin` on or, where tokens share words, those from the element's block on.
+template <KvFormat kFormat, int kElements>
+__device__ inline void AddValues(const uint8_t* values, int begin, int end, int head_dim, int n,
+                                 const BlockMemory<kElements>& memory,
+                                 Softmax<kElements> (&page)[kHeads]) {
+  constexpr bool kPacked = PageLayout<kFormat>::kPacked;
+  const int d = static_cast<int>(threadIdx.x) + (kPacked ? 0 : n * kPageTokens);
+  if (d >= (kPacked ? head_dim - n * kPageTokens : head_dim)) return;
+#pragma unroll 8
+  for (int t = begin; t < end; ++t) {
+    const float value = ValueAt<kFormat>(values, d, kPacked ? t : t - begin, head_dim);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      page[h].out[n] = page[h].out[n] + memory.weights[t][h] * value;
+    }
+  }
+}
+
+// Values of a page, as many as can be staged at a time.
+template <KvFormat kFormat, int kElements>
+__device__ inline void SumValues(const PageTask& task, BlockMemory<kElements>& memory,
+                                 Softmax<kElements> (&page)[kHeads]) {
+  using Layout = PageLayout<kFormat>;
+  const int head_dim = task.head_dim;
+  if constexpr (Layout::kPacked) {
+    constexpr int kBlocks = kPageTokens / kWordLanes;  // of as many elements as there are threads
+    const int blocks = static_cast<int>(base::CeilDiv(head_dim, kWordLanes));
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      if (n * kBlocks >= blocks) break;
+      const int piece = blocks - n * kBlocks < kBlocks ? blocks - n * kBlocks : kBlocks;
+      Stage(task.page.values + n * kBlocks * Layout::kValueBlockBytes,
+            piece * Layout::kValueBlockBytes, memory.stage);
+      AddValues<kFormat>(memory.stage, 0, task.count, head_dim, n, memory, page);
+    }
+  } else {
+    constexpr int kStep = 16 * 8 / Layout::kBits;  // so many tokens are a multiple of 16 bytes
+    const int64_t token_bytes = int64_t{head_dim} * Layout::kBits / 8;
+    const int64_t fit = BlockMemory<kElements>::kStageBytes / token_bytes / kStep * kStep;
+    const int most = fit < kPageTokens ? static_cast<int>(fit) : kPageTokens;
+    for (int begin = 0; begin < task.count; begin += most) {
+      const int end = task.count - begin < most ? task.count : begin + most;
+      Stage(task.page.values + begin * token_bytes, base::RoundUp(end - begin, kStep) * token_bytes,
+            memory.stage);
+#pragma unroll
+      for (int n = 0; n < kElements; ++n) {
+        AddValues<kFormat>(memory.stage, begin, end, head_dim, n, memory, page);
+      }
+    }
+  }
+}
+
+// The softmax of one page alone; its queries are in memory.
+template <KvFormat kFormat, int kElements>
+__device__ inline void AttendPage(const PageTask& task, BlockMemory<kElements>& memory,
+                                  Softmax<kElements> (&page)[kHeads]) {
+  const int token = threadIdx.x;
+  Prefetch(task.page.values, PageLayout<kFormat>::ValuesBytes(task.head_dim));
+  ScorePage<kFormat>(task, memory);
+  if (task.first_key != nullptr) ScoreFirst(task, memory);
+  __syncthreads();
+  WeighPage(task.count, memory);
+  __syncthreads();
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    page[h].largest = memory.largest[h];
+    page[h].sum = memory.sums[h];
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      const int d = token + n * kPageTokens;
+      const bool counts = task.first_value != nullptr && d < task.head_dim;
+      page[h].out[n] = counts ? memory.weights[0][h] * FromBf16(task.first_value[d]) : 0.0f;
+    }
+  }
+  if constexpr (kFormat != KvFormat::kBf16) {
+    __syncthreads();
+    if (token < task.count) {
+      const float scale = task.page.value_scales[token];
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) memory.weights[token][h] = memory.weights[token][h] * scale;
+    }
+  }
+  SumValues<kFormat>(task, memory, page);
+}
+
+// Query heads of one row that a block takes together.
+template <int kElements>
+__device__ inline void LoadQueries(const float* q, int heads, int head_dim,
+                                   BlockMemory<kElements>& memory) {
+  __syncthreads();
+  ForEach(head_dim, [&](int64_t d) {
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) memory.queries[d][h] = h < heads ? q[h * head_dim + d] : 0.0f;
+  });
+}
+
+template <KvFormat kFormat>
+__device__ inline PageTask TaskOf(const AttentionArgs& args, int64_t row, int kv_head, int page) {
+  const KvPage& table = args.pages[row][page];
+  PageTask task = {ShareOf<kFormat>(table, kv_head, args.head_dim)};
+  task.head_dim = args.head_dim;
+  task.scale = args.scale;
+  const int left = args.positions[row] + 1 - page * kPageTokens;
+  task.count = left < kPageTokens ? left : kPageTokens;
+  if (kFormat != KvFormat::kBf16 && page == 0) {
+    task.first_key = table.first + int64_t{kv_head} * args.head_dim;
+    task.first_value = task.first_key + int64_t{args.kv_heads} * args.head_dim;
+  }
+  return task;
+}
+
+// Where the softmax of a page alone waits to be joined: its largest score, its sum, its values.
+constexpr int64_t PartFloats(int head_dim) { return 2 + int64_t{head_dim}; }
+struct Parts {
+  float* data;  // [rows, heads, pages, PartFloats(head_dim)]
+  int64_t pages;
+};
+__device__ inline float* PartOf(const AttentionArgs& args, const Parts& parts, int64_t row,
+                                int64_t head, int64_t page) {
+  return parts.data + ((row * args.heads + head) * parts.pages + page) * PartFloats(args.head_dim);
+}
+
+// A block, of a thread per token of a page, per row and KV head; it walks all pages, or with kSplit
+// takes one.
+template <KvFormat kFormat, int kElements, bool kSplit>
+__global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs args, Parts parts) {
+  __shared__ BlockMemory<kElements> memory;
   const int64_t row = blockIdx.x;
   const int kv_head = blockIdx.y, head_dim = args.head_dim;
+  const int pages = args.positions[row] / kPageTokens + 1;
+  const int first_page = kSplit ? blockIdx.z : 0, end_page = kSplit ? first_page + 1 : pages;
+  if (first_page >= pages) return;
   const int heads_of_kv = args.heads / args.kv_heads;
-  const int num_tokens = args.positions[row] + 1;
-  const KvPage* const pages = args.pages[row];
-  const int token = threadIdx.x;
   for (int begin = 0; begin < heads_of_kv; begin += kHeads) {
     const int heads = heads_of_kv - begin < kHeads ? heads_of_kv - begin : kHeads;
-    const int64_t column = (int64_t{kv_head} * heads_of_kv + begin) * head_dim;
-    const float* q = args.q + row * args.q_stride + column;
-    float outs[kHeads][kElements] = {};
-    for (int h = 0; h < heads; ++h) {
-      ForEach(head_dim, [&](int64_t d) { queries[h][d] = q[int64_t{h} * head_dim + d]; });
-      if (token < kLanes) state.lanes[h][token] = 0;
-      if (token == 0) state.largest[h] = -Infinity();
-    }
-    __syncthreads();
-    if constexpr (kFormat != KvFormat::kBf16) {
-      const uint16_t* key = pages[0].first + int64_t{kv_head} * head_dim;
-      const uint16_t* value = key + int64_t{args.kv_heads} * head_dim;
-      AttendFirst(q, key, value, heads, head_dim, args.scale, state, outs);
-    }
-    for (int first = 0; first < num_tokens; first += kPageTokens) {
-      const HeadPage page = ShareOf<kFormat>(pages[first / kPageTokens], kv_head, head_dim);
-      const int count = num_tokens - first < kPageTokens ? num_tokens - first : kPageTokens;
-      if (token < count) {
-        float scores[kHeads] = {};
-        for (int d = 0; d < head_dim; ++d) {
-          const float key = KeyAt<kFormat>(page, d, token);
+    const int64_t first_head = int64_t{kv_head} * heads_of_kv + begin;
+    LoadQueries(args.q + row * args.q_stride + first_head * head_dim, heads, head_dim, memory);
+    Softmax<kElements> all[kHeads];
+    for (int p = first_page; p < end_page; ++p) {
+      PageTask task = TaskOf<kFormat>(args, row, kv_head, p);
+      task.heads = heads;
+      Softmax<kElements> page[kHeads];
+      AttendPage<kFormat>(task, memory, page);
 #pragma unroll
-          for (int h = 0; h < kHeads; ++h) scores[h] = scores[h] + queries[h][d] * key;
-        }
-        float factor = args.scale;
-        if constexpr (kFormat != KvFormat::kBf16) factor = page.key_scales[token] * factor;
-        const bool skip = kFormat != KvFormat::kBf16 && first + token == 0;
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          state.weights[h][token] = skip ? -Infinity() : scores[h] * factor;
+      for (int h = 0; h < kHeads; ++h) {
+        if constexpr (kSplit) {
+          all[h] = page[h];
+        } else {
+          Join(page[h], all[h]);
         }
       }
-      __syncthreads();
-      UpdateSoftmax(state, heads, count);
-      __syncthreads();
-      if constexpr (kFormat != KvFormat::kBf16) {
-        if (token < count) {
-          for (int h = 0; h < heads; ++h) {
-            state.weights[h][token] = state.weights[h][token] * page.value_scales[token];
-          }
-        }
-        __syncthreads();
-      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      if (h >= heads) break;
+      float* part = PartOf(args, parts, row, first_head + h, first_page);
+      if (kSplit && threadIdx.x == 0) part[0] = all[h].largest, part[1] = all[h].sum;
+      float* out = args.out + row * args.out_stride + (first_head + h) * head_dim;
 #pragma unroll
       for (int n = 0; n < kElements; ++n) {
-        const int d = token + n * kPageTokens;
+        const int d = static_cast<int>(threadIdx.x) + n * kPageTokens;
         if (d >= head_dim) break;
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) outs[h][n] = outs[h][n] * state.factor[h];
-        for (int t = 0; t < count; ++t) {
-          const float value = ValueAt<kFormat>(page, d, t, head_dim);
-#pragma unroll
-          for (int h = 0; h < kHeads; ++h) outs[h][n] = outs[h][n] + state.weights[h][t] * value;
+        if constexpr (kSplit) {
+          part[2 + d] = all[h].out[n];
+        } else {
+          out[d] = all[h].out[n] / all[h].sum;
         }
       }
-      __syncthreads();
     }
-    float* out = args.out + row * args.out_stride + column;
-    for (int h = 0; h < heads; ++h) {
-      // All threads add alike: lanes pairwise.
-      float sums[kLanes];
-      for (int l = 0; l < kLanes; ++l) sums[l] = state.lanes[h][l];
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int l = 0; l < half; ++l) sums[l] = sums[l] + sums[l + half];
-      }
-#pragma unroll
-      for (int n = 0; n < kElements; ++n) {
-        const int d = token + n * kPageTokens;
-        if (d < head_dim) out[int64_t{h} * head_dim + d] = outs[h][n] / sums[0];
-      }
-    }
-    __syncthreads();
   }
+}
+
+// A block per row and query head.
+__global__ void JoinPagesKernel(AttentionArgs args, Parts parts) {
+  const int64_t row = blockIdx.x, head = blockIdx.y;
+  const int pages = args.positions[row] / kPageTokens + 1;
+  float* out = args.out + row * args.out_stride + head * args.head_dim;
+  ForEach(args.head_dim, [&](int64_t d) {
+    Softmax<1> all;
+#pragma unroll 4
+    for (int p = 0; p < pages; ++p) {
+      const float* part = PartOf(args, parts, row, head, p);
+      Join({part[0], part[1], {part[2 + d]}}, all);
+    }
+    out[d] = all.out[0] / all.sum;
+  });
+}
+
+// ---- Launching
+
+// With more blocks than this, a device is busy without taking pages apart.
+constexpr int64_t kManyBlocks = 512;
+
+// No data where blocks shall walk the pages of their rows.
+Parts PartsFor(const AttentionArgs& args, const Executor& executor) {
+  const int64_t pages = base::CeilDiv(args.max_tokens, kPageTokens);
+  const int64_t bytes =
+      args.num_rows * args.heads * pages * PartFloats(args.head_dim) * int64_t{sizeof(float)};
+  const bool split = pages > 1 && pages <= 65535 && args.num_rows * args.kv_heads < kManyBlocks &&
+                     bytes <= static_cast<int64_t>(executor.scratch.size());
+  return {split ? reinterpret_cast<float*>(executor.scratch.data()) : nullptr, pages};
+}
+
+template <KvFormat kFormat, int kElements>
+void AttentionOver(const AttentionArgs& args, Executor& executor) {
+  const dim3 rows_and_heads(Blocks(args.num_rows), Blocks(args.kv_heads));
+  const Parts parts = PartsFor(args, executor);
+  if (parts.data == nullptr) {
+    return Launch(AttentionKernel<kFormat, kElements, false>, rows_and_heads, kPageTokens, executor,
+                  args, parts);
+  }
+  const dim3 grid(rows_and_heads.x, rows_and_heads.y, Blocks(parts.pages));
+  Launch(AttentionKernel<kFormat, kElements, true>, grid, kPageTokens, executor, args, parts);
+  Launch(JoinPagesKernel, dim3(Blocks(args.num_rows), Blocks(args.heads)),
+         ThreadsFor(args.head_dim, kPageTokens), executor, args, parts);
 }
 
 template <KvFormat kFormat>
 void AttentionAs(const AttentionArgs& args, Executor& executor) {
-  const auto kernel = args.head_dim <= kPageTokens ? AttentionKernel<kFormat, 1>
-                                                   : AttentionKernel<kFormat, kMaxElements>;
-  Launch(kernel, dim3(Blocks(args.num_rows), Blocks(args.kv_heads)), kPageTokens, executor, args);
+  if (args.head_dim <= kPageTokens) return AttentionOver<kFormat, 1>(args, executor);
+  AttentionOver<kFormat, kMaxElements>(args, executor);
 }
 
 }  // namespace
@@ -340,19 +359,6 @@ void AttentionAs(const AttentionArgs& args, Executor& executor) {
 // ---- Launchers
 
 namespace cuda {
-
-void KvStore(const KvStoreArgs& args, Executor& executor) {
-  switch (args.format) {
-    case KvFormat::kBf16:
-      return KvStoreAs<KvFormat::kBf16>(args, executor);
-    case KvFormat::kInt8:
-      return KvStoreAs<KvFormat::kInt8>(args, executor);
-    case KvFormat::kInt4:
-      return KvStoreAs<KvFormat::kInt4>(args, executor);
-    case KvFormat::kInt3:
-      return KvStoreAs<KvFormat::kInt3>(args, executor);
-  }
-}
 
 void Attention(const AttentionArgs& args, Executor& executor) {
   switch (args.format) {

@@ -40,6 +40,11 @@ __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
+// Brings the line that holds `data` closer, to where all blocks share it.
+__device__ __forceinline__ void PrefetchLine(const void* data) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(data));
+}
+
 // ---- Products of a warpgroup, four warps, which go on while its threads do something else
 //
 // A product may still read its operands and write its sums until WaitForProducts: meanwhile no

@@ -95,6 +95,9 @@ constexpr Kernels kTable = {
     .sum_routes = cuda::SumRoutes,
 };
 
+// Attention wants most: a row's pages side by side, up to some 700,000 tokens of 20 heads.
+constexpr size_t kScratchBytes = size_t{64} << 20;
+
 const Kernels* Refuse(std::string reason, std::string* why) {
   *why = std::move(reason);
   return nullptr;
@@ -121,6 +124,7 @@ const Kernels* SelectCudaKernels(int device, Executor& executor, std::string* wh
   executor.stream = stream;
   executor.memory = new DeviceMemory(ordinal, properties.totalGlobalMem);
   executor.staging = new StagingMemory;
+  executor.scratch = {executor.memory->Allocate(kScratchBytes), kScratchBytes};
   return &kTable;
 }
 

@@ -11,8 +11,8 @@ namespace {
 struct AttentionShape {
   int heads, kv_heads, head_dim;
 };
-const AttentionShape kShapes[] = {{1, 1, 16},  {2, 2, 20}, {4, 2, 72}, {8, 2, 64},
-                                  {7, 1, 128}, {6, 2, 33}, {5, 1, 2},  {32, 4, 128}};
+const AttentionShape kShapes[] = {{1, 1, 16}, {2, 2, 20}, {4, 2, 72},   {8, 2, 64}, {7, 1, 128},
+                                  {6, 2, 33}, {5, 1, 2},  {32, 4, 128}, {3, 1, 300}};
 
 constexpr KvFormat kFormats[] = {KvFormat::kBf16, KvFormat::kInt8, KvFormat::kInt4,
                                  KvFormat::kInt3};
@@ -89,17 +89,27 @@ float Scale(const AttentionShape& shape) {
   return 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
-// Rows begin .. end - 1 of the sequence in one call.
+// Rows begin .. end - 1 of the sequence in one call, which knows the longest row or does not.
 std::vector<float> Attend(const Kernels& kernels, Executor& executor, const Sequence& sequence,
-                          int begin, int end) {
+                          int begin, int end, bool knows_longest = true) {
   const int64_t columns = sequence.q_columns();
   std::vector<const KvPage*> tables(end - begin, sequence.cache->pages.data());
   std::vector<int32_t> positions;
   for (int i = begin; i < end; ++i) positions.push_back(i);
   std::vector<float> out((end - begin) * columns);
-  kernels.attention({&sequence.q[begin * columns], tables.data(), positions.data(), out.data(),
-                     end - begin, columns, columns, sequence.shape.heads, sequence.shape.kv_heads,
-                     sequence.shape.head_dim, Scale(sequence.shape), sequence.format},
+  kernels.attention({.q = &sequence.q[begin * columns],
+                     .pages = tables.data(),
+                     .positions = positions.data(),
+                     .out = out.data(),
+                     .num_rows = end - begin,
+                     .max_tokens = knows_longest ? end : 0,
+                     .q_stride = columns,
+                     .out_stride = columns,
+                     .heads = sequence.shape.heads,
+                     .kv_heads = sequence.shape.kv_heads,
+                     .head_dim = sequence.shape.head_dim,
+                     .scale = Scale(sequence.shape),
+                     .format = sequence.format},
                     executor);
   return out;
 }
@@ -294,6 +304,11 @@ TEST(Attention, MatchesFormula) {
             OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
               return Attend(kernels, executor, sequence, row, row + 1);
             });
+        OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+          const std::vector<float> same = Attend(kernels, executor, sequence, row, row + 1, false);
+          ExpectSameBits(same, out);
+          return same;
+        });
         for (int h = 0; h < shape.heads; ++h) {
           const std::vector<float> head(out.begin() + h * shape.head_dim,
                                         out.begin() + (h + 1) * shape.head_dim);
@@ -351,8 +366,18 @@ TEST(Attention, RowsOfDifferentSequencesStandAlone) {
   std::copy_n(&b.q[3 * columns], columns, &q[2 * stride]);
   const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
     std::vector<float> result(3 * stride, -7.0f);
-    kernels.attention({q.data(), tables.data(), positions.data(), result.data(), 3, stride, stride,
-                       shape.heads, shape.kv_heads, shape.head_dim, Scale(shape)},
+    kernels.attention({.q = q.data(),
+                       .pages = tables.data(),
+                       .positions = positions.data(),
+                       .out = result.data(),
+                       .num_rows = 3,
+                       .max_tokens = 500,
+                       .q_stride = stride,
+                       .out_stride = stride,
+                       .heads = shape.heads,
+                       .kv_heads = shape.kv_heads,
+                       .head_dim = shape.head_dim,
+                       .scale = Scale(shape)},
                       executor);
     return result;
   });

@@ -34,6 +34,7 @@ template <int left>
 void WaitForCopies() {
   emulator::WaitForCopies(left);
 }
+inline void PrefetchLine(const void*) {}
 
 inline bool HasWarpgroups() { return emulator::HasWarpgroups(); }
 inline void ShowSharedToProducts() { emulator::ShowSharedToProducts(); }
