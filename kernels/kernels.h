@@ -13,6 +13,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <span>
 
 #include "base/memory.h"
@@ -336,6 +338,16 @@ struct ZeroArgs {
   int64_t count = 0;
 };
 
+// Takes bytes from the executor's staging to its memory. Null where these are the same.
+struct CopyArgs {
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t bytes = 0;
+};
+
+// Ops that were called once and can be done again, over what then lies in the memory they work on.
+using Recording = std::shared_ptr<void>;
+
 struct Kernels {
   const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
   // What ternary_matmul takes: this layout and, with skips_lines, kRows and kColumns, of which it
@@ -364,10 +376,15 @@ struct Kernels {
   void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
   void (*zero)(const ZeroArgs&, Executor&) = nullptr;
+  void (*copy)(const CopyArgs&, Executor&) = nullptr;
   void (*group_routes)(const GroupRoutesArgs&, Executor&) = nullptr;
   void (*gather_routes)(const GatherRoutesArgs&, Executor&) = nullptr;
   void (*expert_matmul)(const ExpertMatmulArgs&, Executor&) = nullptr;
   void (*sum_routes)(const SumRoutesArgs&, Executor&) = nullptr;
+  // Ops that `calls` calls are recorded, not done; it waits for none and allocates nothing. Null
+  // when the device failed. Both are null where calling ops costs little.
+  Recording (*record)(const std::function<void()>& calls, Executor&) = nullptr;
+  void (*replay)(const Recording&, Executor&) = nullptr;
 };
 
 }  // namespace ternion::kernels

@@ -40,7 +40,7 @@ absl::StatusOr<KvPages> KvCache::Reserve(int64_t tokens) {
   const bool scaled = shape_.format != kernels::KvFormat::kBf16;
   const int64_t row = int64_t{2} * shape_.kv_heads * shape_.head_dim;
   if (scaled) pages.first_ = base::Array<uint16_t>(shape_.num_layers * row, *executor_.memory);
-  pages.table_ = base::Array<kernels::KvPage>(shape_.num_layers * count, *executor_.staging);
+  pages.table_ = base::Array<kernels::KvPage>(shape_.num_layers * count);
   kernels::KvPage* page = pages.table_.data();
   for (int layer = 0; layer < shape_.num_layers; ++layer) {
     for (int32_t id : pages.ids_) {
@@ -55,6 +55,7 @@ absl::StatusOr<KvPages> KvCache::Reserve(int64_t tokens) {
       ++page;
     }
   }
+  pages.table_.MoveTo(*executor_.memory);
   return pages;
 }
 

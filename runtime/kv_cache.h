@@ -52,7 +52,7 @@ class KvPages {
 // the system when a page is first written. Outlives its KvPages. One thread.
 class KvCache {
  public:
-  // Pages lie in the executor's memory, their tables where the host reaches them, too.
+  // Pages and their tables lie in the executor's memory.
   KvCache(const KvShape& shape, int64_t capacity_tokens, const kernels::Executor& executor = {});
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;

@@ -76,12 +76,6 @@ absl::Status CheckPrecisions(const ModelConfig& config, const ModelOptions& opti
                    config.head_dim, "; choose bf16 or int8"));
 }
 
-void Batch::Clear() {
-  tokens.clear();
-  positions.clear();
-  pages.clear();
-}
-
 Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement> placement,
              const RankResources& resources, const ModelOptions& options)
     : config_(config),
@@ -98,12 +92,10 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       logit_rows_(kMaxLogitRows * config.hidden, *resources.executor->memory),
       codes_(options.max_rows, config.hidden, *resources.executor->memory),
       attended_codes_(options.max_rows, config.q_dim(), *resources.executor->memory),
-      tokens_(options.max_rows, *resources.executor->staging),
-      positions_(options.max_rows, *resources.executor->staging),
-      page_tables_(config.num_layers * options.max_rows, *resources.executor->staging),
+      tables_(options.max_rows, config.num_layers, *resources.executor),
       logit_ids_(kMaxLogitRows, *resources.executor->staging),
-      sum_terms_(options.max_rows, *resources.executor->staging),
-      sum_begin_(options.max_rows + 1, *resources.executor->staging),
+      sum_terms_(options.max_rows),
+      sum_begin_(options.max_rows + 1),
       local_ffn_workspace_(options.max_rows, LocalIntermediate(config),
                            *resources.executor->memory) {
   FillRotaryTables(config, options.max_positions, cos_, sin_);
@@ -113,6 +105,8 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
   for (int64_t row = 0; row < options.max_rows; ++row) {
     sum_terms_[row] = out_.data() + row * config.hidden;
   }
+  sum_terms_.MoveTo(*resources.executor->memory);
+  sum_begin_.MoveTo(*resources.executor->memory);
 }
 
 absl::StatusOr<std::unique_ptr<Model>> Model::Load(
@@ -132,6 +126,7 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(
 void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
   options_.wire = wire;
   options_.kv = kv;
+  recordings_.clear();
   if (!config_.moe()) return;
   const experts::GateConfig gate = {config_.num_experts, config_.top_k, config_.renormalize};
   moe_ = std::make_unique<experts::MoeContext>(gate, MakeExchangeOptions(config_, options_),
@@ -147,26 +142,6 @@ void Model::SetPrecisions(const WireOptions& wire, kernels::KvFormat kv) {
   }
 }
 
-// What the ops of a step read of its batch.
-absl::Status Model::TakeBatch(const Batch& batch) {
-  TERNION_CHECK(batch.num_rows() <= options_.max_rows);
-  // Of the step before, that is.
-  TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
-  std::copy(batch.tokens.begin(), batch.tokens.end(), tokens_.data());
-  std::copy(batch.positions.begin(), batch.positions.end(), positions_.data());
-  max_tokens_ = 0;
-  for (const int32_t position : batch.positions) {
-    max_tokens_ = std::max<int64_t>(max_tokens_, position + 1);
-  }
-  for (int layer = 0; layer < config_.num_layers; ++layer) {
-    const kernels::KvPage** const tables = page_tables_.data() + layer * options_.max_rows;
-    for (int64_t row = 0; row < batch.num_rows(); ++row) {
-      tables[row] = batch.pages[row]->table(layer);
-    }
-  }
-  return absl::OkStatus();
-}
-
 // A sink reads the gate's choice on the host, as exchanges do.
 bool Model::UsesLocalExperts() const {
   return config_.moe() && resources_.transport->size() == 1 && routing_sink_ == nullptr &&
@@ -175,13 +150,50 @@ bool Model::UsesLocalExperts() const {
 
 void Model::set_routing_sink(BatchRoutingSink sink) {
   routing_sink_ = std::move(sink);
+  recordings_.clear();
   if (moe_ != nullptr && !UsesLocalExperts()) moe_->local.reset();
 }
 
 absl::Status Model::Forward(const Batch& batch) {
-  TERNION_RETURN_IF_ERROR(TakeBatch(batch));
+  TERNION_CHECK(batch.num_rows() <= options_.max_rows);
+  // Ops of the step before read its tables until they are done.
+  TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
+  tables_.Write(batch);
+  return IsRecordable(batch) ? RunRecorded(batch) : RunLayers(batch);
+}
+
+// Whether the ops of such a step are the same whatever its rows hold, and few rows make calling
+// them one by one take longer than what they do.
+bool Model::IsRecordable(const Batch& batch) const {
+  constexpr int64_t kMostRows = 64;
+  return resources_.kernels->record != nullptr && batch.num_rows() > 0 &&
+         batch.num_rows() <= kMostRows && batch.micro_batches == 1 &&
+         (!config_.moe() || UsesLocalExperts());
+}
+
+// A step of a kind that was there before is recorded, and from then on replayed.
+absl::Status Model::RunRecorded(const Batch& batch) {
+  constexpr size_t kMostRecordings = 64;  // some hundred KiB each
+  if (recordings_.size() == kMostRecordings) recordings_.clear();
+  const std::pair key(batch.num_rows(), tables_.max_tokens());
+  const auto [at, is_new] = recordings_.try_emplace(key);
+  if (is_new) return RunLayers(batch);
+  kernels::Recording& recording = at->second;
+  if (recording == nullptr) {
+    absl::Status status;
+    recording =
+        resources_.kernels->record([&] { status = RunLayers(batch); }, *resources_.executor);
+    TERNION_RETURN_IF_ERROR(status);
+    if (recording == nullptr) return absl::InternalError("the device did not record a step");
+  }
+  resources_.kernels->replay(recording, *resources_.executor);
+  return absl::OkStatus();
+}
+
+absl::Status Model::RunLayers(const Batch& batch) {
+  tables_.Upload(*resources_.kernels, *resources_.executor);
   resources_.kernels->embed({.table = embedding_.view,
-                             .ids = tokens_.data(),
+                             .ids = tables_.tokens(),
                              .out = hidden_.data(),
                              .num_rows = batch.num_rows()},
                             *resources_.executor);
@@ -285,7 +297,7 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
                                  *resources_.executor);
   }
   resources_.kernels->rope({.x = vectors,
-                            .positions = positions_.data() + part.begin,
+                            .positions = tables_.positions() + part.begin,
                             .cos_table = cos_.data(),
                             .sin_table = sin_.data(),
                             .num_rows = part.num_rows,
@@ -300,8 +312,7 @@ void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const 
 void Model::AttendOverCache(int index, const Part& part) {
   const int64_t rows = part.num_rows;
   const int heads = config_.heads, kv_heads = config_.kv_heads, head_dim = config_.head_dim;
-  const kernels::KvPage* const* pages =
-      page_tables_.data() + index * options_.max_rows + part.begin;
+  const kernels::KvPage* const* pages = tables_.pages(index) + part.begin;
   const bool rotates = RotatesHeads(config_, options_.kv);
   if (rotates) {
     RotateHeads(q_.data(), heads, rows);
@@ -311,7 +322,7 @@ void Model::AttendOverCache(int index, const Part& part) {
   resources_.kernels->kv_store({.k = k_.data(),
                                 .v = v_.data(),
                                 .pages = pages,
-                                .positions = positions_.data() + part.begin,
+                                .positions = tables_.positions() + part.begin,
                                 .num_rows = rows,
                                 .stride = config_.kv_dim(),
                                 .kv_heads = kv_heads,
@@ -320,10 +331,10 @@ void Model::AttendOverCache(int index, const Part& part) {
                                *resources_.executor);
   resources_.kernels->attention({.q = q_.data(),
                                  .pages = pages,
-                                 .positions = positions_.data() + part.begin,
+                                 .positions = tables_.positions() + part.begin,
                                  .out = attended_.data(),
                                  .num_rows = rows,
-                                 .max_tokens = max_tokens_,
+                                 .max_tokens = tables_.max_tokens(),
                                  .q_stride = config_.q_dim(),
                                  .out_stride = config_.q_dim(),
                                  .heads = heads,

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -15,22 +17,9 @@
 #include "experts/placement.h"
 #include "runtime/checkpoint.h"
 #include "runtime/kv_cache.h"
+#include "runtime/step_tables.h"
 
 namespace ternion::runtime {
-
-// Rows of one rank in one step. A row is one token of one sequence.
-struct Batch {
-  uint32_t step = 0;
-  // 2: in a MoE model the rows go through the layers in two halves, so that one half's rows travel
-  // while the other's are worked on. The same on every rank; no result depends on it.
-  int micro_batches = 1;
-  std::vector<int32_t> tokens;        // [rows]
-  std::vector<int32_t> positions;     // [rows] in the row's sequence
-  std::vector<const KvPages*> pages;  // [rows] of the row's sequence; not null
-
-  int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }
-  void Clear();
-};
 
 // Precision of the activation exchange. `exact` is --wire exact: fp32 rows per expert, summed at
 // the owner.
@@ -131,7 +120,9 @@ class Model {
   };
 
   bool UsesLocalExperts() const;
-  absl::Status TakeBatch(const Batch& batch);
+  bool IsRecordable(const Batch& batch) const;
+  absl::Status RunLayers(const Batch& batch);
+  absl::Status RunRecorded(const Batch& batch);
   absl::Status Advance(const Batch& batch, Part& part);
   absl::Status RunExperts(const Batch& batch, int layer, Part& part, Part& other);
   void AttentionBlock(const LayerWeights& layer, int index, const Part& part);
@@ -167,16 +158,14 @@ class Model {
   base::Array<float> logit_rows_;            // [kMaxLogitRows, hidden]
   kernels::QuantizedBuffer codes_;           // [rows, hidden]
   kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
-  // What ops read and the host writes.
-  base::Array<int32_t> tokens_, positions_;          // [rows] of the batch
-  base::Array<const kernels::KvPage*> page_tables_;  // [layers, rows]
-  int64_t max_tokens_ = 0;                           // that a row of the batch sees
-  base::Array<int32_t> logit_ids_;                   // [kMaxLogitRows] rows of hidden_
-  base::Array<const float*> sum_terms_;              // [rows] rows of out_
-  base::Array<int32_t> sum_begin_;                   // [rows + 1] 0, 1, 2, ...
+  StepTables tables_;
+  base::Array<int32_t> logit_ids_;       // [kMaxLogitRows] rows of hidden_
+  base::Array<const float*> sum_terms_;  // [rows] rows of out_
+  base::Array<int32_t> sum_begin_;       // [rows + 1] 0, 1, 2, ...
   experts::FfnWorkspace local_ffn_workspace_;
   std::unique_ptr<experts::MoeContext> moe_;
   BatchRoutingSink routing_sink_;
+  std::map<std::pair<int64_t, int64_t>, kernels::Recording> recordings_;  // [rows, tables' tokens]
 };
 
 }  // namespace ternion::runtime

@@ -66,6 +66,31 @@ const char* Wait(Executor& executor) {
   return ErrorOf(cudaStreamSynchronize(static_cast<cudaStream_t>(executor.stream)));
 }
 
+void Copy(const CopyArgs& args, Executor& executor) {
+  cudaMemcpyAsync(args.to, args.from, args.bytes, cudaMemcpyHostToDevice,
+                  static_cast<cudaStream_t>(executor.stream));
+}
+
+Recording Record(const std::function<void()>& calls, Executor& executor) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(executor.stream);
+  if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
+    return nullptr;
+  }
+  calls();
+  cudaGraph_t graph = nullptr;
+  if (cudaStreamEndCapture(stream, &graph) != cudaSuccess) return nullptr;
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  if (error != cudaSuccess) return nullptr;
+  return {executable, [](cudaGraphExec_t graph) { cudaGraphExecDestroy(graph); }};
+}
+
+void Replay(const Recording& recording, Executor& executor) {
+  cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording.get()),
+                  static_cast<cudaStream_t>(executor.stream));
+}
+
 constexpr Kernels kTable = {
     .name = "cuda",
     .layout = TernaryLayout::kTiles,
@@ -89,10 +114,13 @@ constexpr Kernels kTable = {
     .unpack_int4 = cuda::UnpackInt4,
     .weighted_sum = cuda::WeightedSum,
     .zero = cuda::Zero,
+    .copy = Copy,
     .group_routes = cuda::GroupRoutes,
     .gather_routes = cuda::GatherRoutes,
     .expert_matmul = cuda::ExpertMatmul,
     .sum_routes = cuda::SumRoutes,
+    .record = Record,
+    .replay = Replay,
 };
 
 // Attention wants most: a row's pages side by side, up to some 700,000 tokens of 20 heads.

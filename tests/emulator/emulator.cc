@@ -22,6 +22,10 @@
 constinit thread_local uint3 threadIdx, blockIdx;
 constinit thread_local dim3 blockDim, gridDim;
 
+struct ternion_emulated_graph {
+  std::vector<std::function<void()>> work;
+};
+
 namespace ternion::emulator {
 
 void Fail(const char* what) {
@@ -299,11 +303,13 @@ struct Device {
   std::recursive_mutex mutex;
   Arena memory, pinned;
   std::deque<std::function<void()>> queue;  // of all streams, in the order of submission
+  ternion_emulated_graph* recording = nullptr;
   bool strict = true;
 
   Device() { pinned.SetAccess(true); }
 
   void Drain() {
+    if (recording != nullptr) Fail("waited for while calls are recorded");
     if (queue.empty()) return;
     memory.SetAccess(true);
     for (; !queue.empty(); queue.pop_front()) queue.front()();
@@ -311,6 +317,7 @@ struct Device {
   }
 
   void Submit(std::function<void()> work) {
+    if (recording != nullptr) return recording->work.push_back(std::move(work));
     queue.push_back(std::move(work));
     if (!strict) Drain();
   }
@@ -396,6 +403,7 @@ namespace {
 
 cudaError_t Allocate(Arena& arena, void** data, size_t bytes) {
   const std::lock_guard lock(TheDevice().mutex);
+  if (TheDevice().recording != nullptr) Fail("allocated while calls are recorded");
   *data = arena.Allocate(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
@@ -463,5 +471,34 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize()
 cudaError_t cudaDeviceSynchronize() {
   const std::lock_guard lock(TheDevice().mutex);
   TheDevice().Drain();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().recording = new ternion_emulated_graph;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  const std::lock_guard lock(TheDevice().mutex);
+  *graph = std::exchange(TheDevice().recording, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, uint64_t) {
+  *executable = new ternion_emulated_graph(*graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
+  const std::lock_guard lock(TheDevice().mutex);
+  for (const std::function<void()>& work : executable->work) TheDevice().Submit(work);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().Drain();  // it may be under way
+  delete executable;
   return cudaSuccess;
 }
