@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# files_test.sh scripts|hostfile|kubernetes: checks what cluster/ says to shells, mpirun and Kubernetes.
+# files_test.sh scripts|hostfile|kubernetes|bundle BUILD: checks what cluster/ says to shells, mpirun, Kubernetes
+# and machines without packages.
 # Exit code 77: the tool that checks is missing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 scripts=(cluster/virtual/cluster cluster/openmpi.sh cluster/slurm/ternion.sbatch
-  scripts/install_deps.sh "$0")
+  cluster/gpu/bundle cluster/gpu/run cluster/gpu/check scripts/install_deps.sh "$0")
 
 check_scripts() {
   local script
@@ -31,4 +32,24 @@ check_kubernetes() {
   python3 tests/cluster/check_mpijob.py cluster/kubernetes/mpijob.yaml cluster/openmpi.sh
 }
 
-"check_$1"
+# What is bundled runs with nothing of this machine's but the kernel, and says what is missing.
+check_bundle() {
+  local out
+  place=$(mktemp -d)
+  trap 'rm -rf "$place"' EXIT
+  cluster/gpu/bundle "$1" "$place/bundle"
+  cd "$place"
+  out=$(env -i PATH=/usr/bin:/bin bundle/run ternion run --model bundle/models/tiny --prompt "Candle, n. 1. A" \
+    --max-tokens 4 --temperature 0)
+  [[ $out == "Candle, n. 1. A"* ]]
+  env -i PATH=/usr/bin:/bin bundle/run gpu_test >/dev/null
+  ! env -i PATH=/usr/bin:/bin bundle/run nothing 2>error || exit 1
+  grep -q '^usage: ' error
+  command -v nvidia-smi >/dev/null && exit
+  ! bundle/check 2>error || exit 1
+  grep -q 'no GPU here' error
+}
+
+part=$1
+shift
+"check_$part" "$@"
