@@ -19,6 +19,8 @@
 #include "base/status.h"
 #include "kernels/cpu/limits.h"
 #include "kernels/kernels.h"
+#include "launcher/device_bench.h"
+#include "launcher/matmul_case.h"
 #include "launcher/world.h"
 
 namespace ternion::launcher {
@@ -38,17 +40,6 @@ constexpr int kMinRepetitions = 5;
 constexpr double kLimitSeconds = 0.01;  // that measuring the limits takes, about
 constexpr int kMaxLimitSamples = 40;    // per case
 constexpr int64_t kReadSliceBytes = int64_t{128} << 20;
-
-// One matmul: a dense matrix times `tokens` rows, or tokens sent to `top_k` of `num_experts` each.
-struct Case {
-  int64_t outputs;
-  int64_t inputs;
-  int64_t tokens;
-  int num_experts = 1;
-  int top_k = 1;
-
-  int64_t rows() const { return tokens * top_k; }
-};
 
 // Some tokens through `num_experts` matrices of which only some lines are alive, for each token by
 // itself: outputs that are wanted (kRows: up) or inputs that are not 0 (kColumns: down). Beside the
@@ -103,22 +94,21 @@ class Bench {
         threads_(num_threads, base::AllowedCpus()),
         weights_(WeightBufferBytes()),
         rng_(1) {
-    FillWithCodes();
+    FillWeights();
   }
 
   int num_threads() const { return threads_.num_threads(); }
 
-  Result Run(const Case& c);
+  Result Run(const MatmulCase& c);
   SparseResult Run(const SparseCase& c);
 
  private:
   int64_t FillSparse(const SparseCase& c, const QuantizedRows& x, std::span<float> gate);
-  void FillWithCodes();
+  void FillWeights();
   Limits MeasureLimits();
-  std::vector<int64_t> RowsPerExpert(const Case& c);
   void ShuffleWeights(int64_t matrix_bytes);
   const uint8_t* NextWeights(int64_t matrix_bytes);
-  std::vector<TernaryGroup> NextGroups(const Case& c, float* y);
+  std::vector<TernaryGroup> NextGroups(const MatmulCase& c, float* y);
   double SecondsOf(const kernels::TernaryMatmulArgs& args);
 
   const kernels::Kernels& table_;
@@ -130,16 +120,11 @@ class Bench {
   size_t next_slice_ = 0;  // of the buffer, for the read bandwidth
 };
 
-// Random codes; 3 becomes 1.
-void Bench::FillWithCodes() {
+void Bench::FillWeights() {
   const int64_t words = static_cast<int64_t>(weights_.size()) / 8;
   threads_.ParallelFor(words, 1, [&](int64_t begin, int64_t end, int) {
-    uint64_t* out = reinterpret_cast<uint64_t*>(weights_.data());
-    std::mt19937_64 rng(begin);
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t bits = rng();
-      out[i] = bits & ~(bits << 1 & 0xaaaaaaaaaaaaaaaa);
-    }
+    uint64_t* all = reinterpret_cast<uint64_t*>(weights_.data());
+    FillWithCodes({all + begin, all + end}, begin);
   });
 }
 
@@ -149,20 +134,6 @@ Limits Bench::MeasureLimits() {
   const size_t slice = next_slice_++ % (weights_.size() / bytes);
   return {kernels::ReadBandwidth({weights_.data() + slice * bytes, bytes}, threads_),
           kernels::DotPeak(table_.name, threads_)};
-}
-
-// Every token goes to top_k different experts, all equally likely.
-std::vector<int64_t> Bench::RowsPerExpert(const Case& c) {
-  std::vector<int64_t> rows(c.num_experts);
-  std::vector<int> experts(c.num_experts);
-  std::iota(experts.begin(), experts.end(), 0);
-  for (int64_t t = 0; t < c.tokens; ++t) {
-    for (int i = 0; i < c.top_k; ++i) {
-      std::swap(experts[i], experts[i + rng_() % (experts.size() - i)]);
-      ++rows[experts[i]];
-    }
-  }
-  return rows;
 }
 
 void Bench::ShuffleWeights(int64_t matrix_bytes) {
@@ -190,11 +161,11 @@ double Median(std::vector<double>& v) {
 }
 
 // One group per expert that has rows.
-std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
+std::vector<TernaryGroup> Bench::NextGroups(const MatmulCase& c, float* y) {
   const int64_t bytes = kernels::TernaryBytes(c.outputs, c.inputs);
   std::vector<TernaryGroup> groups;
   int64_t row = 0;
-  for (int64_t count : RowsPerExpert(c)) {
+  for (int64_t count : RandomRowsPerExpert(c, rng_)) {
     if (count == 0) continue;
     groups.push_back({{NextWeights(bytes), 1.0f, c.outputs, c.inputs},
                       row,
@@ -209,7 +180,7 @@ std::vector<TernaryGroup> Bench::NextGroups(const Case& c, float* y) {
 // Medians over repetitions, each with weights that are in no cache and routing of its own. Clock
 // rates and neighbours change from second to second: limits are measured between repetitions, and a
 // fraction is the median of each repetition over the limit measured just before it.
-Result Bench::Run(const Case& c) {
+Result Bench::Run(const MatmulCase& c) {
   ShuffleWeights(kernels::TernaryBytes(c.outputs, c.inputs));
 
   QuantizedBuffer activations(c.rows(), c.inputs);
@@ -219,7 +190,7 @@ Result Bench::Run(const Case& c) {
 
   Result result;
   std::vector<double> seconds, bytes, read_limits, dot_limits, of_read, of_dot;
-  const double macs = static_cast<double>(c.rows() * c.outputs * c.inputs);
+  const double macs = static_cast<double>(c.products());
   double total = 0;
   while (total < kSecondsPerCase || seconds.size() < kMinRepetitions) {
     const bool with_limits = seconds.size() < kMaxLimitSamples;
@@ -319,26 +290,20 @@ std::vector<SparseCase> SparseCases() {
   return cases;
 }
 
-std::vector<Case> Cases() {
-  std::vector<Case> cases;
+std::vector<MatmulCase> Cases() {
+  std::vector<MatmulCase> cases;
   for (int64_t rows : {1, 2, 4, 8, 16, 32, 128, 512}) cases.push_back({4096, 14336, rows});
   for (int64_t tokens : {1, 4, 16, 32, 128, 512}) cases.push_back({768, 2048, tokens, 128, 8});
   return cases;
 }
 
-std::string Name(const Case& c) {
-  std::string shape = absl::StrCat(c.outputs, " x ", c.inputs);
-  if (c.num_experts > 1) absl::StrAppend(&shape, ", top ", c.top_k, " of ", c.num_experts);
-  return shape;
-}
-
-void PrintResult(const Case& c, const Result& result) {
-  absl::PrintF("%-28s %6d %9.1f %9.1f %7.1f%% %7.1f%%\n", Name(c), c.tokens,
+void PrintResult(const MatmulCase& c, const Result& result) {
+  absl::PrintF("%-28s %6d %9.1f %9.1f %7.1f%% %7.1f%%\n", c.Name(), c.tokens,
                result.macs_per_second * 1e-9, result.bytes_per_second * 1e-9,
                100 * result.of_read_bandwidth, 100 * result.of_dot_peak);
 }
 
-nlohmann::json ToJson(const Case& c, const Result& result) {
+nlohmann::json ToJson(const MatmulCase& c, const Result& result) {
   return {{"outputs", c.outputs},
           {"inputs", c.inputs},
           {"tokens", c.tokens},
@@ -371,6 +336,7 @@ nlohmann::json ToJson(const SparseCase& c, const SparseResult& result) {
 }  // namespace
 
 absl::Status BenchKernels(const BenchKernelsOptions& options) {
+  if (options.device == "cuda") return BenchDeviceKernels(options.json_path);
   TERNION_ASSIGN_OR_RETURN(const kernels::Kernels* const table, ChooseCpuKernels());
   const int all_cpus = static_cast<int>(base::AllowedCpus().size());
   Bench bench(*table, options.num_threads > 0 ? options.num_threads : std::max(all_cpus, 1));
@@ -380,7 +346,7 @@ absl::Status BenchKernels(const BenchKernelsOptions& options) {
                "of read", "of dot");
   Limits best;
   nlohmann::json lines = nlohmann::json::array();
-  for (const Case& c : Cases()) {
+  for (const MatmulCase& c : Cases()) {
     const Result result = bench.Run(c);
     PrintResult(c, result);
     std::fflush(stdout);

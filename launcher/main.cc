@@ -114,6 +114,9 @@ void AddEval(CLI::App& app, EvalOptions& options) {
 
 void AddBenchKernels(CLI::App& bench, BenchKernelsOptions& options) {
   CLI::App* command = bench.add_subcommand("kernels", "Ternary matrix products");
+  command->add_option("--device", options.device, "Where kernels run")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
   command->add_option("--threads", options.num_threads, "Threads (default: all cores)")
       ->check(CLI::Range(1, 1024));
   command->add_option("--json", options.json_path, "Write the figures to this file");

@@ -142,12 +142,23 @@ __device__ inline void StoreU16(uint16_t value, uint8_t* p) {
   p[1] = static_cast<uint8_t>(value >> 8);
 }
 
-// ---- Ternary codes
+// ---- Operands of tensor cores (ptx.cuh)
 
 // The A operands of a product, of which `word` has one in field f of each byte: see kTiles.
 __device__ __forceinline__ void UnpackTile(uint32_t word, uint32_t (&a)[4]) {
 #pragma unroll
   for (int f = 0; f < 4; ++f) a[f] = word >> 2 * f & 0x03030303;
+}
+
+constexpr int kCoreRows = 8;
+
+// The B operand of a warpgroup's product with N rows and two chunks of 16 columns from `chunk` on
+// (PTX ISA, matrix descriptor; K-major, no swizzle): in units of 16 bytes, its address, from bit 16
+// on the way to the next chunk, from bit 32 on that to the next core, which is eight rows.
+template <int N>
+__device__ inline uint64_t SharedOperand(const uint4 (&chunk)[N]) {
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  return (address & 0x3ffff) >> 4 | uint64_t{N} << 16 | uint64_t{kCoreRows} << 32;
 }
 
 }  // namespace

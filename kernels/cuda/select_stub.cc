@@ -1,4 +1,5 @@
 // Stands in for the CUDA kernels in a build without them.
+#include "kernels/cuda/limits.h"
 #include "kernels/select.h"
 
 namespace ternion::kernels {
@@ -7,5 +8,7 @@ const Kernels* SelectCudaKernels(int, Executor&, std::string* why) {
   *why = "this build has no CUDA kernels";
   return nullptr;
 }
+
+DeviceLimits MeasureDeviceLimits(Executor&) { return {}; }  // nobody has a device to ask for
 
 }  // namespace ternion::kernels

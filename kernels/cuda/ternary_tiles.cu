@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kTileThreads = kTilePanels * kWarp;  // a warp per panel, a warpgroup per four
 constexpr int kBlocksPerMultiprocessor = 2;        // one stores outputs while one multiplies
-constexpr int kCoreRows = 8;
 constexpr int kChunks = 4;  // of 16 columns, in a step; two of them are a product
 
 // One step's operands, with N rows of x. These lie as tensor cores take a B operand: eight rows of
@@ -112,15 +111,6 @@ __device__ __forceinline__ uint2 WordsOfChunks(uint2 own) {
 
 // The A operands of a step's two products.
 using StepOperands = uint32_t[2][4];
-
-// The B operand of N rows and two chunks from `chunk` on (PTX ISA, matrix descriptor; K-major, no
-// swizzle): in units of 16 bytes, its address, from bit 16 on the way to the next chunk, from bit
-// 32 on that to the next core.
-template <int N>
-__device__ inline uint64_t SharedOperand(const uint4 (&chunk)[N]) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
-  return (address & 0x3ffff) >> 4 | uint64_t{N} << 16 | uint64_t{kCoreRows} << 32;
-}
 
 // The same for what lies `distance` behind it.
 __device__ inline uint64_t Behind(uint64_t operand, size_t distance) {

@@ -444,6 +444,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   return ternion::emulator::Allocate(TheDevice().memory, data, bytes);
 }
