@@ -45,6 +45,7 @@ struct SynthOptions {
   std::string shape;   // or a name, see shapes.h
   std::string out;     // directory to create
   uint64_t seed = 0;
+  bool seed_only = false;  // no weights: whoever loads the model draws them
 };
 // Writes a packed random-weight model. One process.
 absl::Status Synth(const SynthOptions& options);

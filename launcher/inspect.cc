@@ -58,7 +58,7 @@ absl::Status Inspect(const InspectOptions& options) {
   int64_t total_bytes = 0, routed_bytes = 0;
   for (const std::string& name : checkpoint.tensors().Names()) {
     const TensorView& tensor = *checkpoint.tensors().Find(name);
-    const int64_t bytes = static_cast<int64_t>(tensor.data.size());
+    const int64_t bytes = tensor.bytes();
     std::printf("%-64s %-5s [%s]  %s\n", name.c_str(),
                 std::string(runtime::DTypeName(tensor.dtype)).c_str(),
                 absl::StrJoin(tensor.shape, ", ").c_str(),

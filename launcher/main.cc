@@ -170,7 +170,12 @@ void AddSynth(CLI::App& app, SynthOptions& options) {
   source->add_option("--config", options.config, "A config.json");
   source->add_option("--shape", options.shape, "One of " + absl::StrJoin(ShapeNames(), ", "));
   source->require_option(1);
-  command->add_option("--seed", options.seed, "Seed of the weights")->capture_default_str();
+  command->add_option("--seed", options.seed, "Seed of the weights")
+      ->check(CLI::Range(uint64_t{0}, uint64_t{1} << 53))
+      ->capture_default_str();
+  command->add_flag("--seed-only", options.seed_only,
+                    "Write no weights: whoever loads the model draws the same ones from the seed, "
+                    "straight into memory");
   command->add_option("--out", options.out, "Directory to create")->required();
 }
 

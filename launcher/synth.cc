@@ -1,186 +1,36 @@
-#include <array>
-#include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_format.h"
-#include "base/checked.h"
 #include "base/file.h"
-#include "base/random.h"
 #include "base/status.h"
 #include "launcher/commands.h"
 #include "launcher/progress.h"
 #include "launcher/report.h"
 #include "launcher/shapes.h"
 #include "runtime/config.h"
+#include "runtime/random_weights.h"
 #include "runtime/safetensors.h"
 #include "runtime/utf8.h"
 
 namespace ternion::launcher {
 namespace {
 
-using runtime::DType;
 using runtime::ModelConfig;
+using runtime::RandomTensor;
 using Entry = runtime::SafetensorsWriter::Entry;
 
-constexpr uint64_t kShardBytes = uint64_t{4} << 30;
-constexpr size_t kPieceBytes = size_t{1} << 20;
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : seed_(seed) {}
-
-  uint64_t Next() { return base::RandomBits(seed_, index_++); }
-  // Roughly normal, unit variance: a sum of four 16-bit uniforms.
-  float Normal() {
-    const uint64_t bits = Next();
-    float sum = 0;
-    for (int i = 0; i < 4; ++i) sum += static_cast<float>((bits >> (16 * i)) & 0xffff) * 0x1p-16f;
-    return (sum - 2.0f) * std::sqrt(3.0f);
-  }
-
- private:
-  const uint64_t seed_;
-  uint64_t index_ = 0;
-};
-
-// How a tensor's bytes are drawn.
-enum class Fill { kTernary, kOnes, kNormal, kScale };
-
-struct Tensor {
-  Entry entry;
-  Fill fill = Fill::kOnes;
-  float value = 1;  // standard deviation, or the scale itself
-
-  uint64_t bytes() const {
-    uint64_t count = runtime::DTypeBytes(entry.dtype);
-    for (int64_t size : entry.shape) count *= size;
-    return count;
-  }
-};
-
-class TensorList {
- public:
-  // A scale that keeps the variance: a third of the weights are zero, inputs are normed.
-  void Ternary(const std::string& name, int64_t rows, int64_t columns) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(columns) * 2.0f / 3.0f);
-    Add(name + ".weight", DType::kU8, {base::CeilDiv(rows, 4), columns}, Fill::kTernary, 0);
-    Add(name + ".weight_scale", DType::kF32, {1}, Fill::kScale, scale);
-  }
-  void Norm(const std::string& name, int64_t size) {
-    Add(name + ".weight", DType::kBf16, {size}, Fill::kOnes, 1);
-  }
-  void Normal(const std::string& name, int64_t rows, int64_t columns, float deviation) {
-    Add(name + ".weight", DType::kBf16, {rows, columns}, Fill::kNormal, deviation);
-  }
-  void Ffn(const std::string& name, int64_t hidden, int64_t intermediate) {
-    Ternary(name + ".gate_proj", intermediate, hidden);
-    Ternary(name + ".up_proj", intermediate, hidden);
-    Ternary(name + ".down_proj", hidden, intermediate);
-  }
-  std::vector<Tensor> Take() { return std::move(tensors_); }
-
- private:
-  void Add(std::string name, DType dtype, std::vector<int64_t> shape, Fill fill, float value) {
-    tensors_.push_back({{std::move(name), dtype, std::move(shape)}, fill, value});
-  }
-
-  std::vector<Tensor> tensors_;
-};
-
-void AddFfns(const ModelConfig& config, const std::string& name, TensorList& tensors) {
-  const int64_t hidden = config.hidden;
-  if (!config.moe()) {
-    tensors.Ffn(name, hidden, config.dense_intermediate);
-    if (config.sub_norms) tensors.Norm(name + ".ffn_sub_norm", config.dense_intermediate);
-    return;
-  }
-  tensors.Normal(name + ".gate", config.num_experts, hidden,
-                 1.0f / std::sqrt(static_cast<float>(hidden)));
-  if (config.sub_norms) tensors.Norm(name + ".ffn_sub_norm", config.expert_intermediate);
-  for (int expert = 0; expert < config.num_experts; ++expert) {
-    tensors.Ffn(absl::StrCat(name, ".experts.", expert), hidden, config.expert_intermediate);
-  }
-  if (config.shared_intermediate == 0) return;
-  tensors.Ffn(name + ".shared_expert", hidden, config.shared_intermediate);
-  if (config.sub_norms)
-    tensors.Norm(name + ".shared_expert.ffn_sub_norm", config.shared_intermediate);
-}
-
-std::vector<Tensor> ListTensors(const ModelConfig& config) {
-  TensorList tensors;
-  tensors.Normal("model.embed_tokens", config.vocab_size, config.hidden, 1.0f);
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    const std::string name = absl::StrCat("model.layers.", layer);
-    const std::string attention = name + ".self_attn";
-    tensors.Norm(name + ".input_layernorm", config.hidden);
-    tensors.Ternary(attention + ".q_proj", config.q_dim(), config.hidden);
-    tensors.Ternary(attention + ".k_proj", config.kv_dim(), config.hidden);
-    tensors.Ternary(attention + ".v_proj", config.kv_dim(), config.hidden);
-    tensors.Ternary(attention + ".o_proj", config.hidden, config.q_dim());
-    if (config.sub_norms) tensors.Norm(attention + ".attn_sub_norm", config.q_dim());
-    if (config.qk_norms) {
-      tensors.Norm(attention + ".q_norm", config.head_dim);
-      tensors.Norm(attention + ".k_norm", config.head_dim);
-    }
-    tensors.Norm(name + ".post_attention_layernorm", config.hidden);
-    AddFfns(config, name + ".mlp", tensors);
-  }
-  tensors.Norm("model.norm", config.hidden);
-  if (!config.tied_embeddings) {
-    tensors.Normal("lm_head", config.vocab_size, config.hidden,
-                   1.0f / std::sqrt(static_cast<float>(config.hidden)));
-  }
-  return tensors.Take();
-}
-
-// Bytes of four codes {0, 1, 2}: 81 of 256.
-const uint8_t* TernaryBytes() {
-  static const auto table = [] {
-    std::array<uint8_t, 81> bytes{};
-    for (int i = 0; i < 81; ++i) {
-      bytes[i] = static_cast<uint8_t>(i % 3 | i / 3 % 3 << 2 | i / 9 % 3 << 4 | i / 27 << 6);
-    }
-    return bytes;
-  }();
-  return table.data();
-}
-
-uint16_t ToBf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Fills `out`, a whole number of elements of the tensor.
-void FillPiece(const Tensor& tensor, Random& random, std::span<uint8_t> out) {
-  if (tensor.fill == Fill::kTernary) {
-    const uint8_t* bytes = TernaryBytes();
-    for (size_t i = 0; i < out.size(); ++i) {
-      out[i] = bytes[(random.Next() >> 32) * 81 >> 32];
-    }
-    return;
-  }
-  if (tensor.fill == Fill::kScale) {
-    std::memcpy(out.data(), &tensor.value, sizeof(float));
-    return;
-  }
-  for (size_t i = 0; i < out.size(); i += 2) {
-    const float x = tensor.fill == Fill::kOnes ? 1.0f : random.Normal() * tensor.value;
-    const uint16_t bits = ToBf16(x);
-    std::memcpy(&out[i], &bits, 2);
-  }
-}
+constexpr int64_t kShardBytes = int64_t{4} << 30;
+constexpr int64_t kPieceBytes = int64_t{1} << 20;
 
 // Tensors in order, cut into files of at most kShardBytes (a larger tensor gets its own).
-std::vector<std::span<const Tensor>> CutShards(std::span<const Tensor> tensors) {
-  std::vector<std::span<const Tensor>> shards;
+std::vector<std::span<const RandomTensor>> CutShards(std::span<const RandomTensor> tensors) {
+  std::vector<std::span<const RandomTensor>> shards;
   size_t begin = 0;
-  uint64_t bytes = 0;
+  int64_t bytes = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (i > begin && bytes + tensors[i].bytes() > kShardBytes) {
       shards.push_back(tensors.subspan(begin, i - begin));
@@ -193,50 +43,47 @@ std::vector<std::span<const Tensor>> CutShards(std::span<const Tensor> tensors) 
   return shards;
 }
 
-absl::Status WriteShard(const std::string& path, std::span<const Tensor> tensors, Random& random,
-                        const std::function<void(uint64_t)>& wrote) {
+absl::Status WriteShard(const std::string& path, std::span<const RandomTensor> tensors,
+                        uint64_t seed, const std::function<void(int64_t)>& wrote) {
   std::vector<Entry> entries;
-  for (const Tensor& tensor : tensors) entries.push_back(tensor.entry);
+  for (const RandomTensor& tensor : tensors) entries.push_back(tensor.entry);
   TERNION_ASSIGN_OR_RETURN(runtime::SafetensorsWriter writer,
                            runtime::SafetensorsWriter::Create(path, entries));
   std::vector<uint8_t> piece(kPieceBytes);
-  for (const Tensor& tensor : tensors) {
-    for (uint64_t left = tensor.bytes(); left > 0;) {
-      const std::span<uint8_t> out(piece.data(), std::min<uint64_t>(left, piece.size()));
-      FillPiece(tensor, random, out);
+  for (const RandomTensor& tensor : tensors) {
+    for (int64_t begin = 0; begin < tensor.bytes(); begin += kPieceBytes) {
+      const std::span<uint8_t> out(piece.data(), std::min(tensor.bytes() - begin, kPieceBytes));
+      tensor.Draw(seed, begin, out);
       TERNION_RETURN_IF_ERROR(writer.Append(out));
-      left -= out.size();
-      wrote(out.size());
+      wrote(static_cast<int64_t>(out.size()));
     }
   }
   return writer.Finish();
 }
 
 absl::Status WriteWeights(const std::string& directory, const ModelConfig& config, uint64_t seed) {
-  const std::vector<Tensor> tensors = ListTensors(config);
-  const std::vector<std::span<const Tensor>> shards = CutShards(tensors);
-  uint64_t total = 0, done = 0;
-  for (const Tensor& tensor : tensors) total += tensor.bytes();
+  const std::vector<RandomTensor> tensors = runtime::RandomTensors(config);
+  const std::vector<std::span<const RandomTensor>> shards = CutShards(tensors);
+  int64_t total = 0, done = 0;
+  for (const RandomTensor& tensor : tensors) total += tensor.bytes();
   std::error_code error;
-  const uint64_t free = std::filesystem::space(directory, error).available;
+  const int64_t free = std::filesystem::space(directory, error).available;
   if (!error && free < total) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the weights take ", HumanBytes(static_cast<double>(total)), "; the disk of ",
                      directory, " has ", HumanBytes(static_cast<double>(free))));
   }
   ProgressBar bar("writing " + HumanBytes(static_cast<double>(total)), true);
-  Random random(seed);
   Json weight_map = Json::object();
   for (size_t i = 0; i < shards.size(); ++i) {
     const std::string name = shards.size() == 1 ? "model.safetensors"
                                                 : absl::StrFormat("model-%05d-of-%05d.safetensors",
                                                                   i + 1, shards.size());
-    for (const Tensor& tensor : shards[i]) weight_map[tensor.entry.name] = name;
-    TERNION_RETURN_IF_ERROR(
-        WriteShard(directory + "/" + name, shards[i], random, [&](uint64_t bytes) {
-          done += bytes;
-          bar.Update(static_cast<int64_t>(done), static_cast<int64_t>(total));
-        }));
+    for (const RandomTensor& tensor : shards[i]) weight_map[tensor.entry.name] = name;
+    TERNION_RETURN_IF_ERROR(WriteShard(directory + "/" + name, shards[i], seed, [&](int64_t bytes) {
+      done += bytes;
+      bar.Update(done, total);
+    }));
   }
   if (shards.size() == 1) return absl::OkStatus();
   return WriteJson(directory + "/model.safetensors.index.json",
@@ -288,6 +135,7 @@ absl::StatusOr<Json> ReadConfig(const SynthOptions& options) {
                                    {"linear_class", "autobitlinear"},
                                    {"quantization_mode", "offline"},
                                    {"modules_to_not_convert", {"lm_head", "gate"}}};
+  if (options.seed_only) config["random_weights_seed"] = options.seed;
   return config;
 }
 
@@ -297,7 +145,7 @@ absl::Status WriteModel(const std::string& directory, const Json& json, const Mo
   if (config.vocab_size >= 256) {
     TERNION_RETURN_IF_ERROR(WriteJson(directory + "/tokenizer.json", ByteTokenizer()));
   }
-  return WriteWeights(directory, config, seed);
+  return config.random_seed ? absl::OkStatus() : WriteWeights(directory, config, seed);
 }
 
 }  // namespace

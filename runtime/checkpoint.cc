@@ -106,12 +106,32 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   }
   Checkpoint checkpoint;
   TERNION_ASSIGN_OR_RETURN(checkpoint.config_, LoadModelConfig(directory));
-  TERNION_ASSIGN_OR_RETURN(checkpoint.tensors_, TensorStore::Open(directory));
+  if (!checkpoint.config_.random_seed) {
+    TERNION_ASSIGN_OR_RETURN(checkpoint.tensors_, TensorStore::Open(directory));
+    return checkpoint;
+  }
+  std::map<std::string, TensorView, std::less<>> shapes;
+  for (RandomTensor& tensor : RandomTensors(checkpoint.config_)) {
+    shapes[tensor.entry.name] = {tensor.entry.dtype, tensor.entry.shape, {}};
+    checkpoint.random_[tensor.entry.name] = std::move(tensor);
+  }
+  checkpoint.tensors_ = TensorStore::WithoutData(std::move(shapes));
   return checkpoint;
 }
 
+absl::StatusOr<Checkpoint::Tensor> Checkpoint::Read(const std::string& name) const {
+  Tensor tensor;
+  TERNION_ASSIGN_OR_RETURN(tensor.view, tensors_.Get(name));
+  if (!config_.random_seed) return tensor;
+  tensor.drawn.resize(tensor.view.bytes());
+  random_.at(name).Draw(*config_.random_seed, 0, tensor.drawn);
+  tensor.view.data = tensor.drawn;
+  return tensor;
+}
+
 absl::StatusOr<float> Checkpoint::LoadScale(const std::string& name) const {
-  TERNION_ASSIGN_OR_RETURN(const TensorView tensor, tensors_.Get(name));
+  TERNION_ASSIGN_OR_RETURN(const Tensor read, Read(name));
+  const TensorView& tensor = read.view;
   if (!IsFloat(tensor.dtype) || tensor.num_elements() != 1) {
     return absl::InvalidArgumentError(absl::StrCat(name, " is not one floating-point number"));
   }
@@ -143,7 +163,8 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::LoadTernary(
     const std::string& name, int64_t rows, int64_t columns, kernels::TernaryLayout layout) const {
   TERNION_RETURN_IF_ERROR(CheckTernary(name, rows, columns));
   const std::string weight = name + ".weight";
-  const TensorView& tensor = *tensors_.Find(weight);
+  TERNION_ASSIGN_OR_RETURN(const Tensor read, Read(weight));
+  const TensorView& tensor = read.view;
   if (config_.quantization.online) return Ternarize(weight, tensor, layout);
   TERNION_ASSIGN_OR_RETURN(const float scale, LoadScale(name + ".weight_scale"));
   kernels::OwnedTernaryMatrix matrix = kernels::MakeTernaryMatrix(rows, columns, scale, layout);
@@ -156,7 +177,8 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::LoadTernary(
 
 absl::StatusOr<OwnedDenseMatrix> Checkpoint::LoadDense(const std::string& name, int64_t rows,
                                                        int64_t columns) const {
-  TERNION_ASSIGN_OR_RETURN(const TensorView tensor, tensors_.Get(name));
+  TERNION_ASSIGN_OR_RETURN(const Tensor read, Read(name));
+  const TensorView& tensor = read.view;
   TERNION_RETURN_IF_ERROR(CheckTensor(name, tensor, {rows, columns}, /*float_type=*/true));
   OwnedDenseMatrix matrix;
   const int64_t count = rows * columns;
@@ -176,7 +198,8 @@ absl::StatusOr<OwnedDenseMatrix> Checkpoint::LoadDense(const std::string& name, 
 
 absl::StatusOr<base::Array<float>> Checkpoint::LoadVector(const std::string& name,
                                                           int64_t size) const {
-  TERNION_ASSIGN_OR_RETURN(const TensorView tensor, tensors_.Get(name));
+  TERNION_ASSIGN_OR_RETURN(const Tensor read, Read(name));
+  const TensorView& tensor = read.view;
   TERNION_RETURN_IF_ERROR(CheckTensor(name, tensor, {size}, /*float_type=*/true));
   base::Array<float> vector(size);
   ReadFloats(tensor, 0, size, vector.data());

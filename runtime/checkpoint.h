@@ -2,12 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "base/buffer.h"
 #include "kernels/ternary.h"
 #include "runtime/config.h"
+#include "runtime/random_weights.h"
 #include "runtime/safetensors.h"
 
 namespace ternion::runtime {
@@ -49,10 +52,17 @@ class Checkpoint {
   absl::StatusOr<base::Array<float>> LoadVector(const std::string& name, int64_t size) const;
 
  private:
+  // A tensor with its data, which is mapped or was drawn just now.
+  struct Tensor {
+    TensorView view;
+    std::vector<uint8_t> drawn;
+  };
+  absl::StatusOr<Tensor> Read(const std::string& name) const;
   absl::StatusOr<float> LoadScale(const std::string& name) const;
 
   ModelConfig config_;
   TensorStore tensors_;
+  std::map<std::string, RandomTensor> random_;  // where the config has a seed: all tensors
 };
 
 }  // namespace ternion::runtime

@@ -243,6 +243,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
   }
   ReadPrecisions(reader, ours, config);
   config.quantization = ReadQuantization(reader);
+  if (reader.Has("random_weights_seed")) {
+    config.random_seed = reader.Int("random_weights_seed", 0, int64_t{1} << 53);
+    if (config.quantization.online || config.quantization.scale_divides) {
+      reader.Fail("random_weights_seed",
+                  "needs offline quantization of linear_class autobitlinear");
+    }
+  }
   std::vector<int32_t> bos;
   ReadTokenIds(json, "bos_token_id", reader, bos);
   // Qwen's config names one, but its tokenizer never adds it.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,8 @@ struct ModelConfig {
   int kv_bits = 16;                 // 16, 8, 4 or 3: what the model was trained with
 
   QuantizationConfig quantization;
+  // "random_weights_seed": no file holds the weights, they are drawn (runtime/random_weights.h).
+  std::optional<uint64_t> random_seed;
   int32_t bos_id = -1;           // put before every text; -1: the family's texts start without
   std::vector<int32_t> eos_ids;  // generation ends on any of them
 

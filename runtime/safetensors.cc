@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -304,7 +306,7 @@ absl::string_view DTypeName(DType dtype) { return kDTypes[static_cast<size_t>(dt
 int64_t DTypeBytes(DType dtype) { return kDTypes[static_cast<size_t>(dtype)].bytes; }
 
 int64_t TensorView::num_elements() const {
-  return static_cast<int64_t>(data.size()) / DTypeBytes(dtype);
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
 }
 
 absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
@@ -342,6 +344,13 @@ absl::StatusOr<TensorStore> TensorStore::Open(const std::string& directory) {
                                                      " is not in ", shard, ", as the index says"));
     }
   }
+  return store;
+}
+
+TensorStore TensorStore::WithoutData(std::map<std::string, TensorView, std::less<>> tensors) {
+  TensorStore store;
+  store.without_data_ = std::move(tensors);
+  for (const auto& [name, tensor] : store.without_data_) store.index_.emplace(name, &tensor);
   return store;
 }
 

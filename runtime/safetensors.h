@@ -40,6 +40,7 @@ struct TensorView {
   std::span<const uint8_t> data;  // exactly DTypeBytes * product(shape) bytes
 
   int64_t num_elements() const;
+  int64_t bytes() const { return num_elements() * DTypeBytes(dtype); }
 };
 
 // One or several safetensors files as one name -> tensor map. Immutable once opened; thread-safe.
@@ -65,6 +66,8 @@ class SafetensorsFile {
 class TensorStore {
  public:
   static absl::StatusOr<TensorStore> Open(const std::string& directory);
+  // Tensors that no file holds: their `data` is empty.
+  static TensorStore WithoutData(std::map<std::string, TensorView, std::less<>> tensors);
 
   const TensorView* Find(absl::string_view name) const;  // null when absent
   // NotFound names the tensor.
@@ -73,6 +76,7 @@ class TensorStore {
 
  private:
   std::vector<SafetensorsFile> files_;
+  std::map<std::string, TensorView, std::less<>> without_data_;
   std::map<std::string, const TensorView*, std::less<>> index_;
 };
 

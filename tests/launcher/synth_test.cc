@@ -92,6 +92,27 @@ TEST_P(Synth, SeedsDecideTheBytes) {
   }
 }
 
+TEST_P(Synth, WeightsMayBeDrawnWhenLoaded) {
+  const std::string files = directory_.path("files"), seed = directory_.path("seed");
+  ASSERT_EQ(Make(files, "9007199254740992").exit_code, 0);
+  ASSERT_EQ(RunTernion(0, {"synth", "--config", config_, "--seed", "9007199254740992", "--out",
+                           seed, "--seed-only"})
+                .exit_code,
+            0);
+  EXPECT_FALSE(fs::exists(seed + "/model.safetensors"));
+  std::vector<std::string> hashes;
+  for (const std::string& model : {files, seed}) {
+    const std::string json = directory_.path("j.json");
+    const CommandResult run = RunTernion(
+        2, {"run", "--model", model, "--prompt", "any", "--max-tokens", "3", "--json", json});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+    hashes.push_back(ReadJson(json)["logits_hash"]);
+  }
+  EXPECT_EQ(hashes[0], hashes[1]);
+  EXPECT_EQ(RunTernion(0, {"inspect", "--model", files}).out,
+            RunTernion(0, {"inspect", "--model", seed}).out);
+}
+
 TEST_P(Synth, LeavesWhatExists) {
   const std::string model = directory_.path("model");
   fs::create_directory(model);

@@ -133,6 +133,21 @@ TEST(Config, DefaultsOfWhatMayBeMissing) {
   EXPECT_TRUE(config->eos_ids.empty());
 }
 
+TEST(Config, ASeedStandsForWeights) {
+  Json json = DenseConfig();
+  json["quantization_config"]["linear_class"] = "autobitlinear";
+  json["quantization_config"]["quantization_mode"] = "offline";
+  EXPECT_EQ(Parse(json)->random_seed, std::nullopt);
+  json["random_weights_seed"] = 7;
+  ASSERT_TRUE(Parse(json).ok()) << Parse(json).status();
+  EXPECT_EQ(Parse(json)->random_seed, 7);
+  json["random_weights_seed"] = -1;
+  EXPECT_FALSE(Parse(json).ok());
+  json["random_weights_seed"] = 7;
+  json["quantization_config"]["quantization_mode"] = "online";
+  EXPECT_FALSE(Parse(json).ok());
+}
+
 TEST(Config, LinearClassAndModeSayWhatLiesOnDisk) {
   struct Case {
     const char* linear_class;  // null: not given
