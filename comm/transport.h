@@ -88,6 +88,11 @@ class Transport {
   // rank that computes while it exchanges calls this now and then.
   virtual absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) = 0;
 
+  // Unavailable, naming the rank, when a peer is known to be lost, whoever waits for it. For who
+  // waits for something else than messages; not between every two polls, since it may ask the
+  // system.
+  virtual absl::Status CheckPeers() { return absl::OkStatus(); }
+
   // Receive for one phase; for control traffic, since it allocates.
   absl::StatusOr<Arrival> Receive(std::span<const RankId> from, Phase phase);
 
@@ -116,6 +121,8 @@ class Transport {
 
  protected:
   explicit Transport(std::shared_ptr<MessagePool> pool) : pool_(std::move(pool)) {}
+  // A transport on top of `inner`, to which it hands messages: they share one pool.
+  explicit Transport(Transport* inner) : pool_(inner->pool_) {}
 
  private:
   std::shared_ptr<MessagePool> pool_;

@@ -4,8 +4,6 @@
 #define OMPI_SKIP_MPICXX 1
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
-#include <sched.h>
-#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,12 +14,11 @@
 
 #include "base/logging.h"
 #include "base/status.h"
+#include "comm/backoff.h"
 #include "comm/mpi/lifeline.h"
 
 namespace ternion::comm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // The tag of a message is its phase; this one says that the sender has left and sends nothing more.
 constexpr int kLeaveTag = kNumPhases;
@@ -40,34 +37,6 @@ absl::Status FromMpi(int code, const char* call, int peer = -1) {
   const std::string whom = peer < 0 ? "" : absl::StrCat(" (rank ", peer, ")");
   return absl::UnavailableError(absl::StrCat(call, whom, ": ", text));
 }
-
-// Spends the time between two polls: first not at all, then by letting others run, then asleep, the
-// longer the more time passed already, so that a wait becomes at most an eighth longer. Sleeping
-// starts late: where ranks outnumber cores, who slept may get its core back some milliseconds
-// later.
-class Backoff {
- public:
-  // From now on, waiting is new.
-  void Restart() { start_ = Clock::now(); }
-
-  // Returns whether it slept.
-  bool Wait() const {
-    constexpr std::chrono::microseconds kSpin(20), kYield(1000);
-    constexpr std::chrono::nanoseconds kLongestSleep(500'000);
-    const std::chrono::nanoseconds idle = Clock::now() - start_;
-    if (idle < kSpin) return false;
-    if (idle < kYield) {
-      sched_yield();
-      return false;
-    }
-    const timespec pause{0, std::min(idle / 8, kLongestSleep).count()};
-    nanosleep(&pause, nullptr);
-    return true;
-  }
-
- private:
-  Clock::time_point start_ = Clock::now();
-};
 
 absl::Status Gone(RankId rank) {
   return absl::UnavailableError(absl::StrCat("rank ", base::Index(rank), " is gone: it left"));
@@ -94,6 +63,7 @@ class MpiTransport : public Transport {
   absl::StatusOr<Arrival> Receive(std::span<const Awaited> awaited) override;
   absl::StatusOr<std::optional<Arrival>> TryReceive(std::span<const Awaited> awaited) override;
   absl::StatusOr<std::vector<Message>> AllToAllV(std::vector<Message> to_ranks) override;
+  absl::Status CheckPeers() override { return lifelines_.Check(); }
   void Abort(const absl::Status& status) override;
 
  private:
@@ -201,9 +171,7 @@ absl::Status MpiTransport::ConnectLifelines() {
 
 // Between two polls. A rank that is lost is an error to all, also to those that do not wait for it:
 // a step is collective.
-absl::Status MpiTransport::Idle() {
-  return backoff_.Wait() ? lifelines_.Check() : absl::OkStatus();
-}
+absl::Status MpiTransport::Idle() { return backoff_.Wait() ? CheckPeers() : absl::OkStatus(); }
 
 absl::Status MpiTransport::Send(RankId to, Phase phase, Message message) {
   TERNION_CHECK(base::Index(to) != rank_);
