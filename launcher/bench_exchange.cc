@@ -440,7 +440,7 @@ Json Report::ToJson(const std::vector<CaseResult>& results, const absl::Status& 
           {"layers", trace_.shape.num_layers},
           {"ranks", world_.transport().size()},
           {"nodes", num_nodes_},
-          {"transport", world_.transport().size() > 1 ? "mpi" : "none"},
+          {"transport", world_.transport().size() > 1 ? options_.world.transport : "none"},
           {"isa", world_.isa()},
           {"threads", world_.num_threads()},
           {"routing", routing_},

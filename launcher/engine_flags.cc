@@ -35,7 +35,9 @@ void AddWorldFlags(CLI::App& command, WorldOptions& options) {
   command.add_option("--device", options.device, "Where kernels run")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  command.add_option("--transport", options.transport, "How ranks exchange activations")
+  command
+      .add_option("--transport", options.transport,
+                  "How ranks exchange activations: mpi; nccl: from GPU to GPU, one for each rank")
       ->check(CLI::IsMember({"mpi", "nccl"}))
       ->capture_default_str();
 }

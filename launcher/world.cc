@@ -29,7 +29,13 @@ absl::StatusOr<const kernels::Kernels*> ChooseKernels(const std::string& device,
   return table;
 }
 
-absl::StatusOr<std::unique_ptr<comm::Transport>> MakeTransport() {
+absl::Status CheckTransport(const WorldOptions& options) {
+  if (options.transport != "nccl" || options.device == "cuda") return absl::OkStatus();
+  return absl::InvalidArgumentError("--transport nccl (NCCL, between GPUs) needs --device cuda");
+}
+
+// Between processes, or for one alone.
+absl::StatusOr<std::unique_ptr<comm::Transport>> MakeHostTransport() {
   if (comm::LaunchedByMpi()) return comm::MakeMpiTransport();
   return std::move(comm::MakeLoopbackWorld(1)[0]);
 }
@@ -79,26 +85,27 @@ absl::StatusOr<const kernels::Kernels*> ChooseCpuKernels() {
 }
 
 absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options) {
-  TERNION_ASSIGN_OR_RETURN(std::unique_ptr<comm::Transport> transport, MakeTransport());
-  if (options.transport == "nccl") {
-    TERNION_RETURN_IF_ERROR(
-        comm::AgreeOnStatus(*transport, comm::MakeNcclTransport(*transport).status()));
-  }
+  TERNION_ASSIGN_OR_RETURN(std::unique_ptr<comm::Transport> transport, MakeHostTransport());
   TERNION_ASSIGN_OR_RETURN(std::unique_ptr<World> world, CreateOn(transport.get(), options));
-  world->owned_transport_ = std::move(transport);
+  world->host_transport_ = std::move(transport);
   return world;
 }
 
 absl::StatusOr<std::unique_ptr<World>> World::CreateOn(comm::Transport* transport,
                                                        const WorldOptions& options) {
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, CheckTransport(options)));
   std::unique_ptr<World> world(new World);
   absl::StatusOr<const kernels::Kernels*> kernels =
       ChooseKernels(options.device, *transport, world->executor_);
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, kernels.status()));
   TERNION_ASSIGN_OR_RETURN(std::vector<int> cpus, ShareOfCpus(*transport));
-  world->transport_ = transport;
   world->kernels_ = *kernels;
   transport->UseMemory(*world->executor_.staging);
+  world->transport_ = transport;
+  if (options.transport == "nccl") {
+    TERNION_ASSIGN_OR_RETURN(world->nccl_transport_, comm::MakeNcclTransport(*transport));
+    world->transport_ = world->nccl_transport_.get();
+  }
   const int threads = options.threads > 0 ? options.threads : std::max<int>(1, cpus.size());
   world->threads_ = std::make_unique<base::ThreadPool>(threads, std::move(cpus));
   world->executor_.threads = world->threads_.get();

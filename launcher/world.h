@@ -16,7 +16,7 @@ namespace ternion::launcher {
 struct WorldOptions {
   int threads = 0;                // 0: this rank's share of the cores it may use
   std::string device = "cpu";     // cpu | cuda
-  std::string transport = "mpi";  // mpi | nccl
+  std::string transport = "mpi";  // mpi | nccl, which needs cuda
 };
 
 // Rank of this process as the MPI launcher's environment tells it, 0 without one. Usable before MPI
@@ -33,7 +33,8 @@ class World {
   // MPI when a launcher started this process, else one rank alone. Collective. Errors are agreed
   // on.
   static absl::StatusOr<std::unique_ptr<World>> Create(const WorldOptions& options);
-  // A world on a given transport, for ranks that are threads.
+  // A world on a given transport, for ranks that are threads. That outlives it, and is not used
+  // past it: NCCL may stand on top.
   static absl::StatusOr<std::unique_ptr<World>> CreateOn(comm::Transport* transport,
                                                          const WorldOptions& options);
 
@@ -46,7 +47,8 @@ class World {
  private:
   World() = default;
 
-  std::unique_ptr<comm::Transport> owned_transport_;
+  std::unique_ptr<comm::Transport> host_transport_;
+  std::unique_ptr<comm::Transport> nccl_transport_;  // on top of the host's
   comm::Transport* transport_ = nullptr;
   std::unique_ptr<base::ThreadPool> threads_;
   const kernels::Kernels* kernels_ = nullptr;

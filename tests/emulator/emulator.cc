@@ -25,6 +25,14 @@ constinit thread_local dim3 blockDim, gridDim;
 struct ternion_emulated_graph {
   std::vector<std::function<void()>> work;
 };
+// What others do on it.
+struct ternion_emulated_stream {
+  std::vector<std::function<bool()>> work;
+};
+struct ternion_emulated_event {
+  std::vector<std::function<bool()>> work;
+};
+
 
 namespace ternion::emulator {
 
@@ -305,6 +313,8 @@ struct Device {
   std::deque<std::function<void()>> queue;  // of all streams, in the order of submission
   ternion_emulated_graph* recording = nullptr;
   bool strict = true;
+  int count = 1;
+  std::deque<ternion_emulated_stream> streams;  // as long as the process
 
   Device() { pinned.SetAccess(true); }
 
@@ -399,7 +409,27 @@ void SetStrict(bool strict) {
   device.memory.SetAccess(!strict);
 }
 
+void SetDeviceCount(int count) {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().count = count;
+}
+
+void CopyNow(void* to, const void* from, size_t bytes) {
+  Device& device = TheDevice();
+  const std::lock_guard lock(device.mutex);
+  device.memory.SetAccess(true);
+  std::memcpy(to, from, bytes);
+  device.memory.SetAccess(!device.strict);
+}
+
+void AddToStream(cudaStream_t stream, std::function<bool()> is_done) {
+  const std::lock_guard lock(TheDevice().mutex);
+  stream->work.push_back(std::move(is_done));
+}
+
 namespace {
+
+thread_local int chosen_device = 0;
 
 cudaError_t Allocate(Arena& arena, void** data, size_t bytes) {
   const std::lock_guard lock(TheDevice().mutex);
@@ -427,6 +457,7 @@ cudaError_t Do(std::function<void()> work, bool wait) {
 }  // namespace
 }  // namespace ternion::emulator
 
+using ternion::emulator::chosen_device;
 using ternion::emulator::TheDevice;
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -436,16 +467,24 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  const std::lock_guard lock(TheDevice().mutex);
+  *count = TheDevice().count;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"emulated device", 9, 0, 4, size_t{256} << 20};
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  chosen_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = chosen_device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {
+  std::snprintf(id, bytes, "0000:%02x:00.0", device + 1);
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** data, size_t bytes) {
@@ -467,11 +506,32 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return ternion::emulator::Do([=] { std::memcpy(to, from, bytes); }, false);
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = nullptr;
+  const std::lock_guard lock(TheDevice().mutex);
+  *stream = &TheDevice().streams.emplace_back();
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new ternion_emulated_event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const std::lock_guard lock(TheDevice().mutex);
+  event->work = std::move(stream->work);  // whoever records another event waits for this one first
+  stream->work.clear();
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  for (const auto& is_done : event->work) {
+    if (!is_done()) return cudaErrorNotReady;
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() {
   const std::lock_guard lock(TheDevice().mutex);
   TheDevice().Drain();

@@ -6,6 +6,10 @@
 // plain host memory ends the process with a message.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <functional>
+
 namespace ternion::emulator {
 
 // On (the default) or, for tests of single ops over plain vectors, off: kernels run where they are
@@ -14,5 +18,13 @@ void SetStrict(bool strict);
 
 // Whether the device multiplies by warpgroups (the default), as sm_90a, or by warps alone.
 void SetWarpgroups(bool has);
+
+// How many devices there seem to be; all have the same memory.
+void SetDeviceCount(int count);
+
+// For libraries that emulate others (nccl.cc). Copies between memories that devices reach, at once.
+void CopyNow(void* to, const void* from, size_t bytes);
+// Work that is on `stream` from now on and done when `is_done` says so, which may help it along.
+void AddToStream(cudaStream_t stream, std::function<bool()> is_done);
 
 }  // namespace ternion::emulator

@@ -384,7 +384,7 @@ const Case kCases[] = {
      {"int3", "power of two", "48"}},
     {"DispatchBelowTheActivations", Flags({"--wire-dispatch", "int4"}), {"int4 dispatch"}},
     {"HugeKv", Flags({"--kv-tokens", "1099511627776"}), {"KV"}},
-    {"NcclTransport", Flags({"--transport", "nccl"}), {"NCCL"}},
+    {"NcclBetweenCpus", Flags({"--transport", "nccl"}), {"NCCL", "--device cuda"}},
     {"CudaDevice", Flags({"--device", "cuda"}), {"cuda"}},
 
     // Output.
