@@ -14,8 +14,8 @@
 
 namespace {
 
-// Polls between ncclGroupEnd and a group on its stream.
-constexpr int kLaunchPolls = 2;
+// Polls that find a call in progress which could have ended.
+constexpr int kSlowPolls = 2;
 
 [[noreturn]] void Fail(const char* what) {
   std::fprintf(stderr, "emulated NCCL: %s\n", what);
@@ -55,10 +55,11 @@ struct ncclComm {
   ncclResult_t error = ncclSuccess;
   const char* detail = "";
   std::deque<Group> launching;
-  int launch_polls = 0;
+  int slow_polls = 0;
+  bool connected = false;
   std::deque<Group> running;  // the first one runs
 
-  bool IsConnected() const { return world->connected == static_cast<int>(world->members.size()); }
+  bool AllHaveCalled() const { return world->connected == static_cast<int>(world->members.size()); }
 };
 
 namespace {
@@ -177,6 +178,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int size, ncclUniqueId id,
   *comm = new ncclComm;
   (*comm)->world = world;
   (*comm)->rank = rank;
+  (*comm)->slow_polls = kSlowPolls;
   world->members[rank] = *comm;
   ++world->connected;
   ++counts.connected;
@@ -189,14 +191,11 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* state) {
   if (faults.failing_rank == comm->rank) comm->error = faults.error;
   if (comm->error != ncclSuccess) {
     *state = comm->error;
-  } else if (!comm->IsConnected()) {
+  } else if (!comm->AllHaveCalled() || comm->slow_polls-- > 0) {
     *state = ncclInProgress;
-  } else if (!comm->launching.empty()) {
-    if (++comm->launch_polls <= kLaunchPolls) {
-      *state = ncclInProgress;
-    } else {
-      Launch(comm);
-    }
+  } else {
+    comm->connected = true;
+    Launch(comm);
   }
   return ncclSuccess;
 }
@@ -227,9 +226,9 @@ ncclResult_t ncclGroupEnd() {
   if (--group_depth > 0) return ncclSuccess;
   const std::lock_guard lock(mutex);
   if (group_comm == nullptr) return ncclSuccess;
-  if (!group_comm->IsConnected()) Fail("a group before the communicator is connected");
+  if (!group_comm->connected) Fail("a group before the communicator is connected");
   ++counts.groups;
-  group_comm->launch_polls = 0;
+  group_comm->slow_polls = kSlowPolls;
   group_comm->launching.push_back(std::exchange(open_group, Group()));
   group_comm = nullptr;
   return ncclInProgress;
