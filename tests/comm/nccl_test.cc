@@ -509,7 +509,8 @@ TEST(JoinTest, WhatNobodySendsIsAnError) {
     return ReadJoin(bytes, 0, kRank1).status();
   };
   EXPECT_TRUE(read_as(1, 1, 16).ok());
-  EXPECT_TRUE(absl::IsInvalidArgument(read_as(2, 0, 16)));
+  EXPECT_TRUE(absl::IsInvalidArgument(read_as(0, 0, 16)));
+  EXPECT_TRUE(absl::IsInvalidArgument(read_as(1, 0, 17)));
   EXPECT_TRUE(absl::IsInvalidArgument(read_as(2, 0, 32)));
   EXPECT_TRUE(absl::IsInvalidArgument(read_as(1, 2, 16)));
 }
