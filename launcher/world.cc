@@ -93,11 +93,12 @@ absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options
 
 absl::StatusOr<std::unique_ptr<World>> World::CreateOn(comm::Transport* transport,
                                                        const WorldOptions& options) {
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, CheckTransport(options)));
   std::unique_ptr<World> world(new World);
   absl::StatusOr<const kernels::Kernels*> kernels =
       ChooseKernels(options.device, *transport, world->executor_);
-  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, kernels.status()));
+  absl::Status usable = CheckTransport(options);
+  usable.Update(kernels.status());
+  TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(*transport, usable));
   TERNION_ASSIGN_OR_RETURN(std::vector<int> cpus, ShareOfCpus(*transport));
   world->kernels_ = *kernels;
   transport->UseMemory(*world->executor_.staging);
