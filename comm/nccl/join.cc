@@ -1,6 +1,6 @@
 #include "comm/nccl/join.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include "base/status.h"
 #include "comm/wire.h"
@@ -37,7 +37,7 @@ absl::StatusOr<Join> Read(std::span<const uint8_t> message, uint32_t round, Rank
   if (header.routes > 1) return absl::InvalidArgumentError("neither stays nor leaves");
   Join join{.round = round, .leaving = header.routes == 1, .messages = {}};
   join.messages.resize(header.rows);
-  std::memcpy(join.messages.data(), list.data(), list.size());
+  std::copy(list.begin(), list.end(), reinterpret_cast<uint8_t*>(join.messages.data()));
   for (const Announced& announced : join.messages) {
     TERNION_RETURN_IF_ERROR(CheckAnnounced(announced));
   }
@@ -55,7 +55,8 @@ void WriteJoin(const Join& join, std::span<uint8_t> message) {
   header.rows = static_cast<uint32_t>(join.messages.size());
   header.routes = join.leaving;
   header.payload_bytes = message.size() - sizeof(header);
-  std::memcpy(message.data() + sizeof(header), join.messages.data(), header.payload_bytes);
+  const auto* list = reinterpret_cast<const uint8_t*>(join.messages.data());
+  std::copy_n(list, header.payload_bytes, message.data() + sizeof(header));
   SealMessage(header, message);
 }
 
