@@ -33,7 +33,6 @@ struct ternion_emulated_event {
   std::vector<std::function<bool()>> work;
 };
 
-
 namespace ternion::emulator {
 
 void Fail(const char* what) {
