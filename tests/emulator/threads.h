@@ -1,13 +1,19 @@
 // What the parts of the emulator share about the block that runs.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
+#include <functional>
 
 #include "tests/emulator/async.h"
 
 namespace ternion::emulator {
 
 [[noreturn]] void Fail(const char* what);
+
+// Runs `body` as each thread of each block, one block after the other.
+void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body);
 
 Async& AsyncOfThread();
 // How often the block's threads have met.
