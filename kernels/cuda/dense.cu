@@ -14,39 +14,52 @@ constexpr int kDenseThreads = 128;
 constexpr int kOutputsOfBlock = kDenseThreads / kThreadsOfOutput;
 constexpr int kDenseRows = 8;  // rows of x that pass over weights in registers
 
-__device__ inline float WeightAt(const float* weights, int64_t i) { return weights[i]; }
-__device__ inline float WeightAt(const uint16_t* weights, int64_t i) {
-  return FromBf16(weights[i]);
+__device__ inline float ValueOf(float weight) { return weight; }
+__device__ inline float ValueOf(uint16_t weight) { return FromBf16(weight); }
+
+// Four elements next to each other; kAligned: in one load.
+template <bool kAligned, typename T>
+__device__ inline void LoadLanes(const T* from, float (&lanes)[kLanesOfThread]) {
+  struct alignas(kAligned ? kLanesOfThread * sizeof(T) : sizeof(T)) Lanes {
+    T lane[kLanesOfThread];
+  };
+  const Lanes loaded = *reinterpret_cast<const Lanes*>(from);
+#pragma unroll
+  for (int l = 0; l < kLanesOfThread; ++l) lanes[l] = ValueOf(loaded.lane[l]);
 }
 
-// R rows of x from `first` on.
-template <int R, typename W>
-__device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64_t output) {
+// R rows of x from `first` on; behind row end - 1, that one again.
+template <int R, typename W, bool kAligned>
+__device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64_t end,
+                               int64_t output) {
   const int quarter = threadIdx.x % kThreadsOfOutput;
   const int64_t columns = args.weights.columns;
   const bool inside = output < args.weights.rows;
   const W* weights = static_cast<const W*>(args.weights.data) + (inside ? output : 0) * columns;
-  const float* x = args.x + first * args.x_stride;
+  const float* x[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    x[r] = args.x + (first + r < end ? first + r : end - 1) * args.x_stride;
   float sums[R][kLanesOfThread] = {};
   int64_t i = quarter * kLanesOfThread;
+#pragma unroll 4
   for (; i + kLanesOfThread <= columns; i += kLanes) {
     float w[kLanesOfThread];
-#pragma unroll
-    for (int l = 0; l < kLanesOfThread; ++l) w[l] = WeightAt(weights, i + l);
+    LoadLanes<kAligned>(weights + i, w);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      float v[kLanesOfThread];
+      LoadLanes<kAligned>(x[r] + i, v);
 #pragma unroll
-      for (int l = 0; l < kLanesOfThread; ++l) {
-        sums[r][l] = sums[r][l] + x[r * args.x_stride + i + l] * w[l];
-      }
+      for (int l = 0; l < kLanesOfThread; ++l) sums[r][l] = sums[r][l] + v[l] * w[l];
     }
   }
+  if constexpr (!kAligned) {  // the last lanes
 #pragma unroll
-  for (int l = 0; l < kLanesOfThread; ++l) {  // of the last lanes
-    if (i + l >= columns) continue;
+    for (int l = 0; l < kLanesOfThread; ++l) {
+      if (i + l >= columns) continue;
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      sums[r][l] = sums[r][l] + x[r * args.x_stride + i + l] * WeightAt(weights, i + l);
+      for (int r = 0; r < R; ++r) sums[r][l] = sums[r][l] + x[r][i + l] * ValueOf(weights[i + l]);
     }
   }
 #pragma unroll
@@ -59,17 +72,44 @@ __device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64
       sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 1);
     }
     const float total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-    if (inside && quarter == 0) args.y[(first + r) * args.y_stride + output] = total;
+    if (inside && quarter == 0 && first + r < end) {
+      args.y[(first + r) * args.y_stride + output] = total;
+    }
   }
 }
 
-template <typename W>
+template <typename W, bool kAligned>
 __global__ void __launch_bounds__(kDenseThreads) DenseMatmulKernel(DenseMatmulArgs args) {
   const int64_t output = int64_t{blockIdx.x} * kOutputsOfBlock + threadIdx.x / kThreadsOfOutput;
   const int64_t first = int64_t{blockIdx.y} * kDenseRows;
   const int64_t end = first + kDenseRows < args.num_rows ? first + kDenseRows : args.num_rows;
-  if (end - first == kDenseRows) return DotRows<kDenseRows, W>(args, first, output);
-  for (int64_t row = first; row < end; ++row) DotRows<1, W>(args, row, output);
+  switch (end - first) {
+    case 1:
+      return DotRows<1, W, kAligned>(args, first, end, output);
+    case 2:
+      return DotRows<2, W, kAligned>(args, first, end, output);
+    case 3:
+    case 4:
+      return DotRows<4, W, kAligned>(args, first, end, output);
+    default:
+      return DotRows<kDenseRows, W, kAligned>(args, first, end, output);
+  }
+}
+
+// Whether four lanes can be loaded at once everywhere.
+bool IsAligned(const DenseMatmulArgs& args) {
+  const auto whole = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  return whole(args.x) && whole(args.weights.data) && args.x_stride % kLanesOfThread == 0 &&
+         args.weights.columns % kLanesOfThread == 0;
+}
+
+template <typename W>
+void DenseMatmulOf(const DenseMatmulArgs& args, Executor& executor) {
+  const auto kernel = IsAligned(args) ? DenseMatmulKernel<W, true> : DenseMatmulKernel<W, false>;
+  Launch(kernel,
+         dim3(Blocks(base::CeilDiv(args.weights.rows, kOutputsOfBlock)),
+              Blocks(base::CeilDiv(args.num_rows, kDenseRows))),
+         kDenseThreads, executor, args);
 }
 
 // Largest value, of equal ones the lowest index; index n is none.
@@ -125,13 +165,8 @@ __global__ void GateTopKKernel(GateTopKArgs args) {
 namespace cuda {
 
 void DenseMatmul(const DenseMatmulArgs& args, Executor& executor) {
-  const dim3 grid(Blocks(base::CeilDiv(args.weights.rows, kOutputsOfBlock)),
-                  Blocks(base::CeilDiv(args.num_rows, kDenseRows)));
-  if (args.weights.type == DenseType::kBf16) {
-    Launch(DenseMatmulKernel<uint16_t>, grid, kDenseThreads, executor, args);
-  } else {
-    Launch(DenseMatmulKernel<float>, grid, kDenseThreads, executor, args);
-  }
+  if (args.weights.type == DenseType::kBf16) return DenseMatmulOf<uint16_t>(args, executor);
+  DenseMatmulOf<float>(args, executor);
 }
 
 void GateTopK(const GateTopKArgs& args, Executor& executor) {
