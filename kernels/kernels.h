@@ -338,7 +338,7 @@ struct ZeroArgs {
   int64_t count = 0;
 };
 
-// Takes bytes from the executor's staging to its memory. Null where these are the same.
+// Takes bytes from the executor's staging to its memory, or back. Null where these are the same.
 struct CopyArgs {
   const void* from = nullptr;
   void* to = nullptr;

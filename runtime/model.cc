@@ -90,6 +90,8 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       attended_(options.max_rows * config.q_dim(), *resources.executor->memory),
       out_(options.max_rows * config.hidden, *resources.executor->memory),
       logit_rows_(kMaxLogitRows * config.hidden, *resources.executor->memory),
+      logits_(resources.kernels->copy != nullptr ? kMaxLogitRows * config.vocab_size : 0,
+              *resources.executor->memory),
       codes_(options.max_rows, config.hidden, *resources.executor->memory),
       attended_codes_(options.max_rows, config.q_dim(), *resources.executor->memory),
       tables_(options.max_rows, config.num_layers, *resources.executor),
@@ -426,13 +428,19 @@ absl::Status Model::Logits(std::span<const int32_t> rows, float* logits) {
                                 .eps = config_.norm_eps},
                                *resources_.executor);
   const kernels::DenseMatrix& head = config_.tied_embeddings ? embedding_.view : head_.view;
+  // A device that writes number by number to the host takes long.
+  const bool copies = resources_.kernels->copy != nullptr;
   resources_.kernels->dense_matmul({.x = logit_rows_.data(),
                                     .weights = head,
-                                    .y = logits,
+                                    .y = copies ? logits_.data() : logits,
                                     .num_rows = count,
                                     .x_stride = hidden,
                                     .y_stride = head.rows},
                                    *resources_.executor);
+  if (copies) {
+    const int64_t bytes = count * head.rows * static_cast<int64_t>(sizeof(float));
+    resources_.kernels->copy({logits_.data(), logits, bytes}, *resources_.executor);
+  }
   return comm::Finish(*resources_.kernels, *resources_.executor);
 }
 

@@ -156,6 +156,7 @@ class Model {
   base::Array<float> attended_;              // [rows, q_dim]
   base::Array<float> out_;                   // [rows, hidden] of o_proj and of the local FFN
   base::Array<float> logit_rows_;            // [kMaxLogitRows, hidden]
+  base::Array<float> logits_;                // [kMaxLogitRows, vocab], of a device
   kernels::QuantizedBuffer codes_;           // [rows, hidden]
   kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
   StepTables tables_;

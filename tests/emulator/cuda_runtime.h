@@ -115,7 +115,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorNotReady = 600
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDefault = 4 };
+enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
 enum { cudaHostAllocDefault = 0, cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 using cudaStream_t = struct ternion_emulated_stream*;
