@@ -1,11 +1,7 @@
-// The CUDA table, and the memories of a device.
+// The CUDA table, and setting up a device for it.
 #include <cuda_runtime.h>
 
-#include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
-
+#include "kernels/cuda/memory.h"
 #include "kernels/cuda/variants.h"
 #include "kernels/select.h"
 
@@ -16,58 +12,12 @@ const char* ErrorOf(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Memory of one device.
-class DeviceMemory : public base::Memory {
- public:
-  DeviceMemory(int device, size_t bytes) : device_(device), capacity_bytes_(bytes) {}
-
-  uint8_t* Allocate(size_t bytes) override {
-    void* data = nullptr;
-    // Threads that load weights have not chosen a device yet.
-    if (cudaSetDevice(device_) != cudaSuccess || cudaMalloc(&data, bytes) != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would report it
-      throw std::bad_alloc();
-    }
-    cudaMemset(data, 0, bytes);
-    cudaDeviceSynchronize();  // streams of ours do not wait for it
-    return static_cast<uint8_t*>(data);
-  }
-  void Free(uint8_t* data, size_t) override { cudaFree(data); }
-  void Write(const void* from, size_t bytes, void* to) override {
-    cudaSetDevice(device_);
-    cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
-    cudaDeviceSynchronize();  // the copy may return while the last bytes are on their way
-  }
-  int64_t capacity_bytes() const override { return static_cast<int64_t>(capacity_bytes_); }
-
- private:
-  const int device_;
-  const size_t capacity_bytes_;
-};
-
-// Memory of the host that devices read and write, too, over the bus.
-class StagingMemory : public base::Memory {
- public:
-  uint8_t* Allocate(size_t bytes) override {
-    void* data = nullptr;
-    if (cudaHostAlloc(&data, bytes, cudaHostAllocDefault) != cudaSuccess) {
-      cudaGetLastError();
-      throw std::bad_alloc();
-    }
-    std::memset(data, 0, bytes);
-    return static_cast<uint8_t*>(data);
-  }
-  void Free(uint8_t* data, size_t) override { cudaFreeHost(data); }
-  void Write(const void* from, size_t bytes, void* to) override { std::memcpy(to, from, bytes); }
-  int64_t capacity_bytes() const override { return base::HostMemory().capacity_bytes(); }
-};
-
 const char* Wait(Executor& executor) {
   return ErrorOf(cudaStreamSynchronize(static_cast<cudaStream_t>(executor.stream)));
 }
 
 void Copy(const CopyArgs& args, Executor& executor) {
-  cudaMemcpyAsync(args.to, args.from, args.bytes, cudaMemcpyHostToDevice,
+  cudaMemcpyAsync(args.to, args.from, args.bytes, cudaMemcpyDefault,
                   static_cast<cudaStream_t>(executor.stream));
 }
 

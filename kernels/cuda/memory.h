@@ -1,0 +1,54 @@
+// The memories of a device: its own, and the host's that it reaches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "base/memory.h"
+
+namespace ternion::kernels {
+
+// Memory of one device. CUDA rounds what it is asked for up to 2 MiB, and an expert's matrix may
+// have 3: smaller pieces are cut from slabs.
+class DeviceMemory : public base::Memory {
+ public:
+  DeviceMemory(int device, size_t capacity_bytes)
+      : device_(device), capacity_bytes_(capacity_bytes) {}
+
+  uint8_t* Allocate(size_t bytes) override;
+  // Ops that were called before may still use it: waits for them.
+  void Free(uint8_t* data, size_t bytes) override;
+  void Write(const void* from, size_t bytes, void* to) override;
+  int64_t capacity_bytes() const override { return static_cast<int64_t>(capacity_bytes_); }
+
+ private:
+  struct Slab {
+    uint8_t* data = nullptr;
+    size_t bytes = 0;
+    size_t used = 0;
+  };
+
+  uint8_t* Take(size_t size);
+  uint8_t* TakeFromSlabs(size_t size);
+  Slab NewSlab(size_t size);
+
+  const int device_;
+  const size_t capacity_bytes_;
+  std::mutex mutex_;
+  std::vector<Slab> slabs_;                        // as long as this
+  std::map<size_t, std::vector<uint8_t*>> freed_;  // [size] pieces to use again
+};
+
+// Pinned memory of the host, which devices read and write over the bus.
+class StagingMemory : public base::Memory {
+ public:
+  uint8_t* Allocate(size_t bytes) override;
+  void Free(uint8_t* data, size_t bytes) override;
+  void Write(const void* from, size_t bytes, void* to) override;
+  int64_t capacity_bytes() const override;
+};
+
+}  // namespace ternion::kernels

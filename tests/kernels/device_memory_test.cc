@@ -1,0 +1,58 @@
+// Pieces of a device's memory, on the emulated one.
+#include <algorithm>
+#include <new>
+#include <random>
+
+#include "gtest/gtest.h"
+#include "kernels/cuda/memory.h"
+#include "tests/emulator/emulator.h"
+
+namespace ternion::kernels {
+namespace {
+
+struct Piece {
+  uint8_t* data;
+  size_t bytes;
+  uint8_t mark;
+};
+
+TEST(DeviceMemory, PiecesAreZeroedAlignedAndApart) {
+  emulator::SetStrict(false);  // the host may look
+  DeviceMemory memory(0, size_t{1} << 30);
+  std::mt19937 rng(1);
+  std::vector<Piece> pieces;
+  const auto has = [](const Piece& piece, uint8_t value) {
+    return std::all_of(piece.data, piece.data + piece.bytes, [=](uint8_t b) { return b == value; });
+  };
+  for (int i = 0; i < 3000; ++i) {
+    if (!pieces.empty() && rng() % 5 < 2) {
+      std::swap(pieces[rng() % pieces.size()], pieces.back());
+      const Piece& piece = pieces.back();
+      ASSERT_TRUE(has(piece, piece.mark));
+      memory.Free(piece.data, piece.bytes);
+      pieces.pop_back();
+      continue;
+    }
+    const size_t bytes = rng() % 100 == 0 ? size_t{9} << 20 : 1 + rng() % 4 * 333 * (1 + rng() % 9);
+    const Piece piece = {memory.Allocate(bytes), bytes, static_cast<uint8_t>(1 + rng() % 255)};
+    ASSERT_EQ(reinterpret_cast<uintptr_t>(piece.data) % 256, 0u);
+    ASSERT_TRUE(has(piece, 0));
+    std::fill_n(piece.data, bytes, piece.mark);
+    pieces.push_back(piece);
+  }
+  for (const Piece& piece : pieces) {
+    EXPECT_TRUE(has(piece, piece.mark));
+    memory.Free(piece.data, piece.bytes);
+  }
+}
+
+TEST(DeviceMemory, RunningOutIsAnException) {
+  emulator::SetStrict(false);
+  DeviceMemory memory(0, size_t{1} << 30);
+  EXPECT_THROW(memory.Allocate(size_t{1} << 40), std::bad_alloc);
+  uint8_t* const data = memory.Allocate(100);  // goes on
+  memory.Free(data, 100);
+}
+
+}  // namespace
+}  // namespace ternion::kernels
