@@ -190,7 +190,7 @@ void WeightedSum(const WeightedSumArgs& args, Executor& executor) {
 }
 
 void ZeroOut(const ZeroArgs& args, Executor&) {
-  std::memset(args.out, 0, static_cast<size_t>(args.count) * sizeof(float));
+  if (args.count > 0) std::memset(args.out, 0, static_cast<size_t>(args.count) * sizeof(float));
 }
 
 void Embed(const EmbedArgs& args, Executor& executor) {

@@ -9,15 +9,13 @@ namespace {
 
 class Bench : public testing::Test {
  protected:
-  DeviceBench Make(int64_t weight_bytes) {
-    std::string why;
-    table_ = kernels::SelectCudaKernels(0, executor_, &why);
-    EXPECT_NE(table_, nullptr) << why;
-    return DeviceBench(*table_, executor_, weight_bytes);
+  static DeviceBench Make(int64_t weight_bytes) {
+    static kernels::Executor executor;
+    static std::string why;
+    static const kernels::Kernels* const table = kernels::SelectCudaKernels(0, executor, &why);
+    EXPECT_NE(table, nullptr) << why;
+    return DeviceBench(*table, executor, weight_bytes);
   }
-
-  kernels::Executor executor_;
-  const kernels::Kernels* table_ = nullptr;
 };
 
 TEST_F(Bench, CountsWeightsAndProducts) {
