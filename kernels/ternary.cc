@@ -148,6 +148,22 @@ __m128i PackColumns(const Source& source, int64_t row_begin, int64_t row_end,
   return threes;
 }
 
+// The thread that has the operands of (row, column) in tiles.
+constexpr int ThreadOf(int64_t row, int64_t column) {
+  return static_cast<int>(row % 8 * 4 + column % kTileColumns / 16);
+}
+// Where a code stands in kTiles: its byte, and its lowest bit there.
+struct TilePlace {
+  int64_t byte = 0;
+  int bit = 0;
+};
+TilePlace PlaceInTiles(const TernaryMatrix& view, int64_t row, int64_t column) {
+  const int64_t block = row / kPanelRows * view.stride_bytes() + column / kTileColumns * kTileBytes;
+  const int64_t field = column % 8 / 4 * 2 + row % kPanelRows / 8;
+  return {block + ThreadOf(row, column) * 8 + column % 16 / 8 * 4 + column % 4,
+          static_cast<int>(2 * field)};
+}
+
 // Packs rows [row_begin, row_end) into tiles.
 template <typename Source>
 __m128i PackTiles(const Source& source, int64_t row_begin, int64_t row_end,
@@ -160,7 +176,7 @@ __m128i PackTiles(const Source& source, int64_t row_begin, int64_t row_end,
       NoteThrees(threes, codes);
       alignas(16) uint32_t quads[4];
       _mm_store_si128(reinterpret_cast<__m128i*>(quads), codes);
-      const TernaryMatrix::Place place = view.PlaceOf(row, column);
+      const TilePlace place = PlaceInTiles(view, row, column);
       uint32_t words[2];
       uint8_t* out = matrix.codes.data() + place.byte;
       std::memcpy(words, out, sizeof(words));  // the row eight below may be there
@@ -170,6 +186,99 @@ __m128i PackTiles(const Source& source, int64_t row_begin, int64_t row_end,
     }
   }
   return threes;
+}
+
+// In kTilesBase3.
+int64_t Base3Offset(const TernaryMatrix& view, int64_t row, int64_t column) {
+  return row / kPanelRows * view.stride_bytes() +
+         column / kBase3Columns * static_cast<int64_t>(sizeof(Base3Block));
+}
+constexpr int OperandOf(int64_t row, int64_t column) {
+  return static_cast<int>(column % kBase3Columns / kTileColumns * 8 + column % 16 / 4 * 2 +
+                          row % kPanelRows / 8);
+}
+
+// All codes of a block, by thread and operand.
+using BlockCodes = uint32_t[kThreadsOfBlock][kOperandsOfBlock];
+
+void PackBlock(const BlockCodes& codes, Base3Block& block) {
+  // The values of bytes first, in one loop each that vectors can do.
+  for (int t = 0; t < kThreadsOfBlock; ++t) {
+    uint32_t words[3] = {};  // no byte of a sum gets past 242
+    for (int i = 0; i < 3 * kTritsOfByte; ++i) {
+      words[i / kTritsOfByte] = words[i / kTritsOfByte] * 3 + codes[t][i];
+    }
+    std::memcpy(block.left[t], words, sizeof(block.left[t]));
+    block.right[t] = words[2];
+    const uint32_t last = codes[t][kOperandsOfBlock - 1];
+    block.last[t] = static_cast<uint8_t>((last & 0xff) * 81 + (last >> 8 & 0xff) * 27 +
+                                         (last >> 16 & 0xff) * 9 + (last >> 24) * 3);
+  }
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(&block);
+  for (size_t i = 0; i < sizeof(block); ++i) bytes[i] = PackTrits(bytes[i]);
+}
+
+Base3Block LoadBlock(const TernaryMatrix& view, int64_t row, int64_t column) {
+  Base3Block block;
+  std::memcpy(&block, view.codes + Base3Offset(view, row, column), sizeof(block));
+  return block;
+}
+
+// Adds to a block, whose first column is `column`, the codes of rows [row_begin, row_end) of its
+// panel, which are 0 there.
+template <typename Source>
+void AddCodes(const Source& source, int64_t row_begin, int64_t row_end, int64_t column,
+              int64_t columns, BlockCodes& block, __m128i& threes) {
+  const int64_t end = std::min(column + kBase3Columns, columns);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t c = column; c < end; c += kBlockColumns) {
+      const __m128i codes = source.Codes(row, c);
+      NoteThrees(threes, codes);
+      alignas(16) uint32_t quads[4];
+      _mm_store_si128(reinterpret_cast<__m128i*>(quads), codes);
+      uint32_t* const operands = block[ThreadOf(row, c)] + OperandOf(row, c);
+      for (int i = 0; i < 4; ++i) operands[2 * i] = quads[i];
+    }
+  }
+}
+
+// Packs rows [row_begin, row_end) into tiles of base 3, a block at a time.
+template <typename Source>
+__m128i PackBase3(const Source& source, int64_t row_begin, int64_t row_end,
+                  OwnedTernaryMatrix& matrix) {
+  const TernaryMatrix& view = matrix.view;
+  __m128i threes = _mm_setzero_si128();
+  for (int64_t row = row_begin, end; row < row_end; row = end) {
+    end = std::min<int64_t>(base::RoundUp(row + 1, kPanelRows), row_end);
+    for (int64_t column = 0; column < view.columns; column += kBase3Columns) {
+      BlockCodes codes = {};
+      if (end - row < kPanelRows) {  // the panel's other rows may be there
+        const Base3Block old = LoadBlock(view, row, column);
+        for (int t = 0; t < kThreadsOfBlock; ++t) WordsOfThread(old, t).Unpack(codes[t]);
+      }
+      AddCodes(source, row, end, column, view.columns, codes, threes);
+      Base3Block block;
+      PackBlock(codes, block);
+      std::memcpy(matrix.codes.data() + Base3Offset(view, row, column), &block, sizeof(block));
+    }
+  }
+  return threes;
+}
+
+// The code of (row, column).
+int CodeAt(const TernaryMatrix& view, int64_t row, int64_t column) {
+  if (view.layout == TernaryLayout::kTilesBase3) {
+    uint32_t operands[kOperandsOfBlock];
+    WordsOfThread(LoadBlock(view, row, column), ThreadOf(row, column)).Unpack(operands);
+    return operands[OperandOf(row, column)] >> column % 4 * 8 & 3;
+  }
+  if (view.layout == TernaryLayout::kTiles) {
+    const TilePlace place = PlaceInTiles(view, row, column);
+    return view.codes[place.byte] >> place.bit & 3;
+  }
+  const int64_t code = (view.layout == TernaryLayout::kColumns ? row : column) % kGranuleCodes;
+  const int64_t byte = view.GranuleOffset(row, column) + code % kGranuleBytes;
+  return view.codes[byte] >> code / kGranuleBytes * 2 & 3;
 }
 
 // `threes` is the OR of c & (c >> 1) over codes c.
@@ -187,6 +296,9 @@ bool PackRowRange(const Source& source, int64_t row_begin, int64_t row_end,
   }
   if (matrix.view.layout == TernaryLayout::kTiles) {
     return NoThrees(PackTiles(source, row_begin, row_end, matrix));
+  }
+  if (matrix.view.layout == TernaryLayout::kTilesBase3) {
+    return NoThrees(PackBase3(source, row_begin, row_end, matrix));
   }
   __m128i threes = _mm_setzero_si128();
   for (int64_t row = row_begin; row < row_end;) {
@@ -306,7 +418,8 @@ void PackTernary(const int8_t* weights, int64_t row_begin, int64_t row_end,
 bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
               OwnedTernaryMatrix& matrix) {
   const int64_t rows = matrix.view.rows, packed_rows = base::CeilDiv(rows, 4);
-  const bool tiles = matrix.view.layout == TernaryLayout::kTiles;
+  const bool tiles = matrix.view.layout == TernaryLayout::kTiles ||
+                     matrix.view.layout == TernaryLayout::kTilesBase3;
   if (row_begin == 0 && row_end == rows && rows == 4 * packed_rows && !tiles) {
     const bool columns = matrix.view.layout == TernaryLayout::kColumns;
     if (columns && packed_rows % kPanelRows == 0) {
@@ -330,9 +443,7 @@ bool RepackHf(const uint8_t* packed, int64_t row_begin, int64_t row_end,
 void UnpackTernary(const TernaryMatrix& matrix, int8_t* weights) {
   for (int64_t row = 0; row < matrix.rows; ++row) {
     for (int64_t column = 0; column < matrix.columns; ++column) {
-      const TernaryMatrix::Place place = matrix.PlaceOf(row, column);
-      const int code = matrix.codes[place.byte] >> place.bit & 3;
-      weights[row * matrix.columns + column] = static_cast<int8_t>(code - 1);
+      weights[row * matrix.columns + column] = static_cast<int8_t>(CodeAt(matrix, row, column) - 1);
     }
   }
 }

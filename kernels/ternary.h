@@ -31,6 +31,13 @@
 //      bits   7 6           |  5 4         |  3 2        | 1 0
 //      code   g + 8, c + 4  |  g, c + 4    |  g + 8, c   | g, c
 //
+// kTilesBase3, the same for weights that fill memory: 1.625 bits a code instead of two. A block is
+// 16 rows by 128 columns in 416 bytes, 13 for each thread: 16 operands r = 8h + 4i + f of four
+// codes each, those that field f of the bytes j = 0..3 of its word i has in block 2b + h of kTiles.
+//   block b, bytes 8t .. 8t + 7 and 256 + 4t .. 256 + 4t + 3, as three words w = 0..2: byte j has
+//   codes j of operands 5w .. 5w + 4 as a fraction (kernels/ternary_base3.h)
+//   byte 384 + t: codes 0..3 of operand 15, and 0
+//
 // Lines are padded to 64 bytes and their number to 16. All that lies past the matrix is code 0;
 // activations there are 0, and outputs there are not stored.
 #pragma once
@@ -40,6 +47,7 @@
 
 #include "base/buffer.h"
 #include "base/checked.h"
+#include "kernels/ternary_base3.h"
 
 namespace ternion::kernels {
 
@@ -52,21 +60,25 @@ inline constexpr int kLineBytes = 64;  // lines of kRows and kColumns are multip
 inline constexpr int kLineCodes = kLineBytes / kGranuleBytes * kGranuleCodes;
 inline constexpr int kTileColumns = 64;  // of a block of kTiles
 inline constexpr int kTileBytes = 256;
+inline constexpr int kBase3Columns = 128;  // of a block of kTilesBase3
 
 // Largest number of input columns: the in-place masked accumulators hold 64 * 2 * 128 per product.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 16;
 
-enum class TernaryLayout : uint8_t { kPanels, kRows, kColumns, kTiles };
+enum class TernaryLayout : uint8_t { kPanels, kRows, kColumns, kTiles, kTilesBase3 };
 
 // Whether rows stand together in panels of kPanelRows.
 constexpr bool InPanels(TernaryLayout layout) {
-  return layout == TernaryLayout::kPanels || layout == TernaryLayout::kTiles;
+  return layout != TernaryLayout::kRows && layout != TernaryLayout::kColumns;
 }
 
 // Bytes of one panel, or of one line, of a [rows, columns] matrix.
 constexpr int64_t TernaryStrideBytes(int64_t rows, int64_t columns, TernaryLayout layout) {
   if (layout == TernaryLayout::kPanels) return base::CeilDiv(columns, kBlockColumns) * kBlockBytes;
   if (layout == TernaryLayout::kTiles) return base::CeilDiv(columns, kTileColumns) * kTileBytes;
+  if (layout == TernaryLayout::kTilesBase3) {
+    return base::CeilDiv(columns, kBase3Columns) * static_cast<int64_t>(sizeof(Base3Block));
+  }
   const int64_t codes = layout == TernaryLayout::kRows ? columns : rows;
   return base::CeilDiv(codes, kLineCodes) * kLineBytes;
 }
@@ -94,7 +106,7 @@ struct TernaryMatrix {
   constexpr int64_t stride_bytes() const { return TernaryStrideBytes(rows, columns, layout); }
   constexpr int64_t bytes() const { return TernaryBytes(rows, columns, layout); }
 
-  // First byte of the granule that holds the code of (row, column). Not for kTiles.
+  // First byte of the granule that holds the code of (row, column). Not for tiles.
   int64_t GranuleOffset(int64_t row, int64_t column) const {
     const int64_t panel = row / kPanelRows, block = column / kBlockColumns;
     switch (layout) {
@@ -105,23 +117,6 @@ struct TernaryMatrix {
       default:
         return column * stride_bytes() + panel * kGranuleBytes;
     }
-  }
-
-  // Where the code of (row, column) stands: its byte, and its lowest bit there.
-  struct Place {
-    int64_t byte = 0;
-    int bit = 0;
-  };
-  Place PlaceOf(int64_t row, int64_t column) const {
-    if (layout == TernaryLayout::kTiles) {
-      const int64_t block = row / kPanelRows * stride_bytes() + column / kTileColumns * kTileBytes;
-      const int64_t thread = row % 8 * 4 + column % kTileColumns / 16;
-      const int64_t field = column % 8 / 4 * 2 + row % kPanelRows / 8;
-      return {block + thread * 8 + column % 16 / 8 * 4 + column % 4, static_cast<int>(2 * field)};
-    }
-    const int64_t code = (layout == TernaryLayout::kColumns ? row : column) % kGranuleCodes;
-    return {GranuleOffset(row, column) + code % kGranuleBytes,
-            static_cast<int>(code / kGranuleBytes * 2)};
   }
 };
 

@@ -21,7 +21,7 @@ namespace ternion::kernels {
 namespace {
 
 constexpr int64_t kOddRows[] = {1, 3, 15, 16, 17, 64, 1003};
-constexpr int64_t kOddColumns[] = {1, 7, 16, 72, 1000};
+constexpr int64_t kOddColumns[] = {1, 7, 16, 72, 130, 1000};
 
 std::vector<int8_t> RandomTernary(int64_t count, std::mt19937& rng) {
   std::vector<int8_t> weights(count);
@@ -36,7 +36,8 @@ constexpr int64_t kFewRows = 8;
 constexpr TernaryLayout kLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
                                       TernaryLayout::kColumns};
 constexpr TernaryLayout kAllLayouts[] = {TernaryLayout::kPanels, TernaryLayout::kRows,
-                                         TernaryLayout::kColumns, TernaryLayout::kTiles};
+                                         TernaryLayout::kColumns, TernaryLayout::kTiles,
+                                         TernaryLayout::kTilesBase3};
 
 OwnedTernaryMatrix Pack(const std::vector<int8_t>& weights, int64_t rows, int64_t columns,
                         float scale, TernaryLayout layout = TernaryLayout::kPanels) {
@@ -98,6 +99,43 @@ TEST(Packing, TilesAreAsDocumented) {
   ASSERT_EQ(matrix.view.bytes(), 4 * kTileBytes);
   for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
     EXPECT_EQ(matrix.view.codes[i], i == 3 * kTileBytes + 8 * 14 + 4 + 1 ? 2 << 6 : 0) << i;
+  }
+}
+
+// Panel 1, its row 11 = g + 8 with g = 3. A block's column 45 = 16 * 2 + 8 + 4 + 1, as above, is of
+// thread 14, i = 1, f = 3, j = 1.
+TEST(Packing, Base3IsAsDocumented) {
+  const auto expect_single = [](int64_t column, int64_t byte, int value) {
+    std::vector<int8_t> weights(32 * 256, -1);
+    weights[27 * 256 + column] = 1;
+    const OwnedTernaryMatrix matrix = Pack(weights, 32, 256, 1.0f, TernaryLayout::kTilesBase3);
+    ASSERT_EQ(matrix.view.bytes(), 4 * 416);
+    for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
+      const int v = i == 3 * 416 + byte ? value : 0;
+      EXPECT_EQ(matrix.view.codes[i], (v * 256 + 242) / 243) << column << ", byte " << i;
+    }
+  };
+  expect_single(128 + 45, 8 * 14 + 4 + 1, 2 * 9);         // operand 7 = 5 + 2 of half 0
+  expect_single(128 + 41, 8 * 14 + 4 + 1, 2 * 81);        // operand 5
+  expect_single(128 + 64 + 33, 8 * 14 + 4 + 1, 2 * 1);    // operand 9 = 5 + 4
+  expect_single(128 + 64 + 41, 256 + 4 * 14 + 1, 2 * 3);  // operand 13 = 10 + 3
+  expect_single(128 + 64 + 45, 384 + 14, 2 * 27);         // operand 15, its code 1
+}
+
+// The formulas of the device for all there is.
+TEST(Packing, AllValuesOfTrits) {
+  for (int v = 0; v < 243; ++v) {
+    const uint32_t byte = PackTrits(static_cast<uint8_t>(v));
+    for (int place = 0; place < 4; ++place) {
+      const uint32_t others = 0xff00ff00u >> 8 * (place % 2);  // nothing carries over
+      uint32_t codes[5];
+      UnpackTrits((others & ~(0xffu << 8 * place)) | byte << 8 * place, codes);
+      for (int n = 4, left = v; n >= 0; --n, left /= 3) {
+        EXPECT_EQ(codes[n] >> 8 * place & 0xff, static_cast<uint32_t>(left % 3)) << v << ' ' << n;
+      }
+    }
+    const uint32_t four[] = {v / 81u % 3, v / 27u % 3, v / 9u % 3, v / 3u % 3};
+    EXPECT_EQ(UnpackFourTrits(byte), four[0] | four[1] << 8 | four[2] << 16 | four[3] << 24) << v;
   }
 }
 
