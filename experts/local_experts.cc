@@ -25,7 +25,8 @@ base::Array<TernaryMatrix> Table(const ExpertShard& shard,
 ExpertTables ExpertTables::Make(const ExpertShard& shard, base::Memory& memory) {
   return {.gate = Table(shard, &FfnWeights::gate, memory),
           .up = Table(shard, &FfnWeights::up, memory),
-          .down = Table(shard, &FfnWeights::down, memory)};
+          .down = Table(shard, &FfnWeights::down, memory),
+          .layout = shard.at(ExpertId{0}).gate.view.layout};
 }
 
 LocalExperts::LocalExperts(int64_t max_rows, int top_k, int num_experts, int64_t hidden,
@@ -64,7 +65,8 @@ void LocalExperts::Run(const kernels::Kernels& kernels, kernels::Executor& execu
                            .begin = begin_.data(),
                            .y = y,
                            .rows = outputs,
-                           .num_experts = num_experts_},
+                           .num_experts = num_experts_,
+                           .layout = tables.layout},
                           executor);
   };
   multiply(x, tables.gate, config.intermediate, gate_.data());

@@ -15,6 +15,7 @@ namespace ternion::experts {
 // The matrices of a layer's experts, as expert_matmul wants them.
 struct ExpertTables {
   base::Array<kernels::TernaryMatrix> gate, up, down;  // [num_experts]
+  kernels::TernaryLayout layout{};                     // of all
 
   // Of a shard that holds all experts.
   static ExpertTables Make(const ExpertShard& shard, base::Memory& memory);

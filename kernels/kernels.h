@@ -81,8 +81,8 @@ struct QuantizeArgs {
 
 // y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows
 // of x and own matrix. One matrix is one group; q, k and v are three groups over the same rows;
-// experts are one group each. num_rows may be 0. Work is split over threads by weight bytes and
-// products.
+// experts are one group each. num_rows may be 0. On a GPU all groups of a call have one layout.
+// Work is split over threads by weight bytes and products.
 //
 // A few rows do not read codes that add nothing to any of them: with kColumns (8 rows, 48 with
 // 512-bit vectors), those of inputs that are 0; with kRows (64 rows, fewer where columns are many)
@@ -312,11 +312,12 @@ struct GatherRoutesArgs {
 // so are those of y.
 struct ExpertMatmulArgs {
   QuantizedRows x;
-  const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim]
+  const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim] in `layout`
   const int32_t* begin = nullptr;          // [num_experts + 1]
   float* y = nullptr;                      // [x.num_rows, rows]
   int64_t rows = 0;
   int num_experts = 0;
+  TernaryLayout layout = TernaryLayout::kTiles;
 };
 
 // Per row, in ascending expert id, weights[r] * y[places[r]] of its k routes: added up from 0 and
@@ -350,9 +351,11 @@ using Recording = std::shared_ptr<void>;
 
 struct Kernels {
   const char* name = nullptr;  // "scalar", "avx2", "avxvnni", "avx512vnni", "cuda"
-  // What ternary_matmul takes: this layout and, with skips_lines, kRows and kColumns, of which it
-  // reads less where it can.
+  // What ternary_matmul takes: this layout; `smaller_layout`, for weights that do not fit otherwise
+  // (the same where there is none); and, with skips_lines, kRows and kColumns, of which it reads
+  // less where it can.
   TernaryLayout layout = TernaryLayout::kPanels;
+  TernaryLayout smaller_layout = TernaryLayout::kPanels;
   bool skips_lines = false;
   // Returns when all ops called so far are done. Null, or what went wrong with one of them (a
   // device fails for good).

@@ -54,7 +54,7 @@ inline constexpr int kThreadsOfBlock = 32;
 
 // A block of kTilesBase3, shared by a warp: each thread has 12 bytes of four codes of 15 operands,
 // and one byte of the last.
-struct Base3Block {
+struct alignas(16) Base3Block {
   uint32_t left[kThreadsOfBlock][2];  // operands 0 .. 9
   uint32_t right[kThreadsOfBlock];    // 10 .. 14
   uint8_t last[kThreadsOfBlock];      // 15

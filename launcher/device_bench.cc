@@ -84,7 +84,8 @@ void DeviceBench::Call(const MatmulCase& c, Operands& operands, int call) {
                           .begin = operands.begin.data() + int64_t{call} * (c.num_experts + 1),
                           .y = operands.y.data(),
                           .rows = c.outputs,
-                          .num_experts = c.num_experts},
+                          .num_experts = c.num_experts,
+                          .layout = kernels_.layout},
                          executor_);
 }
 

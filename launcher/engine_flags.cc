@@ -73,8 +73,10 @@ void AddEngineFlags(CLI::App& command, EngineFlags& flags) {
       ->check(CLI::IsMember({"auto", "bf16", "int8", "int4", "int3"}))
       ->capture_default_str();
   command
-      .add_option("--kv-tokens", flags.kv_tokens,
-                  "KV cache of one rank, in tokens (default: what a quarter of the memory holds)")
+      .add_option(
+          "--kv-tokens", flags.kv_tokens,
+          "KV cache of one rank, in tokens (default: what a quarter of the memory holds, or all "
+          "that weights leave)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   command
       .add_option(

@@ -12,6 +12,7 @@
 #include "experts/balance.h"
 #include "experts/locality.h"
 #include "experts/trace.h"
+#include "runtime/memory_share.h"
 #include "xxhash.h"
 
 namespace ternion::runtime {
@@ -58,16 +59,14 @@ absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const Mode
   return placement;
 }
 
-// A quarter of the memory, shared by the ranks of this node.
-int64_t DefaultKvTokens(const KvShape& shape, const RankResources& resources) {
+// The memory is shared by the ranks of this node.
+int64_t ShareOfMemory(const RankResources& resources) {
   const comm::Transport& transport = *resources.transport;
   int64_t ranks_here = 0;
   for (int rank = 0; rank < transport.size(); ++rank) {
     ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
   }
-  const int64_t bytes = resources.executor->memory->capacity_bytes();
-  const int64_t tokens = bytes / 4 / ranks_here / shape.bytes_per_token();
-  return std::clamp<int64_t>(tokens, kernels::kPageTokens, kMaxDefaultKvTokens);
+  return resources.executor->memory->capacity_bytes() / ranks_here;
 }
 
 absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape, const RankResources& resources) {
@@ -113,14 +112,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
                            MakePlacement(options, config, resources.transport->size()));
   const kernels::KvFormat kv = options.kv.value_or(*kernels::KvFormatOfBits(config.kv_bits));
   const KvShape shape = ShapeOf(config, kv);
-  const int64_t kv_tokens =
-      options.kv_tokens > 0 ? options.kv_tokens : DefaultKvTokens(shape, resources);
-  TERNION_RETURN_IF_ERROR(CheckKvTokens(kv_tokens, shape, resources));
+  TERNION_RETURN_IF_ERROR(CheckKvTokens(options.kv_tokens, shape, resources));
+  const int64_t share = ShareOfMemory(resources), token_bytes = shape.bytes_per_token();
   std::unique_ptr<Engine> engine(new Engine(config, resources, options));
-  engine->MakeCache(kv, kv_tokens);
   const ModelOptions model_options = {
       .max_rows = options.max_rows,
-      .max_positions = std::min(config.max_positions, engine->kv_tokens()),
+      .room_for_weights = RoomForWeights(share, options.kv_tokens * token_bytes),
       .wire = engine->wire_,
       .kv = kv,
       .hierarchical = options.hierarchical};
@@ -128,6 +125,13 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::CreateLocal(const EngineOptions&
       engine->model_,
       Model::Load(checkpoint, std::make_shared<const Placement>(std::move(placement)), resources,
                   model_options, progress));
+  const int64_t kv_tokens =
+      options.kv_tokens > 0
+          ? options.kv_tokens
+          : std::clamp<int64_t>(DefaultKvBytes(share, engine->model_->weight_bytes()) / token_bytes,
+                                kernels::kPageTokens, kMaxDefaultKvTokens);
+  engine->MakeCache(kv, kv_tokens);
+  engine->model_->SetMaxPositions(std::min(config.max_positions, engine->kv_tokens()));
   return engine;
 }
 

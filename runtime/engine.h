@@ -33,7 +33,7 @@ struct EngineOptions {
   int64_t max_rows = 512;                              // of one rank in one step
   bool hierarchical = false;                           // ModelOptions::hierarchical
   int micro_batches = 0;  // Batch::micro_batches; 0: chosen step by step
-  int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: a quarter of the free memory's
+  int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: DefaultKvBytes
                           // share, at most kMaxDefaultKvTokens
 };
 inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;

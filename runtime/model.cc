@@ -100,9 +100,6 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       sum_begin_(options.max_rows + 1),
       local_ffn_workspace_(options.max_rows, LocalIntermediate(config),
                            *resources.executor->memory) {
-  FillRotaryTables(config, options.max_positions, cos_, sin_);
-  cos_.MoveTo(*resources.executor->memory);
-  sin_.MoveTo(*resources.executor->memory);
   std::iota(sum_begin_.data(), sum_begin_.data() + sum_begin_.size(), 0);
   for (int64_t row = 0; row < options.max_rows; ++row) {
     sum_terms_[row] = out_.data() + row * config.hidden;
@@ -154,6 +151,12 @@ void Model::set_routing_sink(BatchRoutingSink sink) {
   routing_sink_ = std::move(sink);
   recordings_.clear();
   if (moe_ != nullptr && !UsesLocalExperts()) moe_->local.reset();
+}
+
+void Model::SetMaxPositions(int64_t max_positions) {
+  FillRotaryTables(config_, max_positions, cos_, sin_);
+  cos_.MoveTo(*resources_.executor->memory);
+  sin_.MoveTo(*resources_.executor->memory);
 }
 
 absl::Status Model::Forward(const Batch& batch) {

@@ -31,8 +31,8 @@ struct WireOptions {
 };
 
 struct ModelOptions {
-  int64_t max_rows = 0;       // of one step on this rank
-  int64_t max_positions = 0;  // rotary tables reach this far
+  int64_t max_rows = 0;                  // of one step on this rank
+  int64_t room_for_weights = INT64_MAX;  // bytes; what does not fit is packed smaller if it can be
   WireOptions wire;
   kernels::KvFormat kv = kernels::KvFormat::kBf16;
   bool hierarchical = false;  // rows cross between nodes once and fan out inside; not for `exact`
@@ -87,6 +87,9 @@ class Model {
   static absl::StatusOr<std::unique_ptr<Model>> Load(
       const Checkpoint& checkpoint, std::shared_ptr<const experts::Placement> placement,
       const RankResources& resources, const ModelOptions& options, const LoadProgress& progress);
+
+  // Makes room for positions 0 .. max_positions - 1. Once, before the first step that has rows.
+  void SetMaxPositions(int64_t max_positions);
 
   // Runs all layers over the batch and keeps the last hidden rows for Logits. May have no rows.
   absl::Status Forward(const Batch& batch);

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <utility>
 
+#include "base/logging.h"
 #include "base/status.h"
 #include "runtime/model.h"
 
@@ -19,19 +20,21 @@ class LoadJobs {
   // What is loaded moves to the resources' memory.
   LoadJobs(const Checkpoint& checkpoint, const RankResources& resources)
       : checkpoint_(checkpoint),
-        memory_(*resources.executor->memory),
-        layout_(resources.kernels->layout),
-        skips_lines_(resources.kernels->skips_lines) {}
+        kernels_(*resources.kernels),
+        memory_(*resources.executor->memory) {}
 
   void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out,
                TernaryLayout layout = TernaryLayout::kPanels) {
-    if (layout == TernaryLayout::kPanels || !skips_lines_) layout = layout_;
+    const bool lines = kernels_.skips_lines && layout != TernaryLayout::kPanels;
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
-      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, layout));
+      const TernaryLayout used = lines ? layout : layout_;
+      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, used));
       out->MoveTo(memory_);
       return absl::OkStatus();
     });
-    bytes_ += kernels::TernaryBytes(rows, columns, layout);
+    const TernaryLayout smaller = lines ? layout : kernels_.smaller_layout;
+    bytes_ += kernels::TernaryBytes(rows, columns, lines ? layout : layout_);
+    smaller_bytes_ += kernels::TernaryBytes(rows, columns, smaller);
   }
   void Dense(std::string name, int64_t rows, int64_t columns, OwnedDenseMatrix* out) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
@@ -40,6 +43,7 @@ class LoadJobs {
       return absl::OkStatus();
     });
     bytes_ += rows * columns * 2;
+    smaller_bytes_ += rows * columns * 2;
   }
   void Vector(std::string name, int64_t size, base::Array<float>* out) {
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
@@ -57,6 +61,17 @@ class LoadJobs {
             sparse ? TernaryLayout::kRows : TernaryLayout::kPanels);
     Ternary(name + ".down_proj", hidden, intermediate, &out->down,
             sparse ? TernaryLayout::kColumns : TernaryLayout::kPanels);
+  }
+
+  // When all jobs are there, before Run: packs weights smaller if they do not fit into `room`
+  // bytes.
+  void FitInto(int64_t room) {
+    if (bytes_ <= room || smaller_bytes_ == bytes_) return;
+    spdlog::info(
+        "weights are packed in base 3, into {} MB: at two bits they would take {} of {} MB",
+        smaller_bytes_ >> 20, bytes_ >> 20, memory_.capacity_bytes() >> 20);
+    layout_ = kernels_.smaller_layout;
+    bytes_ = smaller_bytes_;
   }
 
   // Runs all jobs; the error of the first failing job in order, so that it does not depend on
@@ -86,11 +101,12 @@ class LoadJobs {
 
  private:
   const Checkpoint& checkpoint_;
+  const kernels::Kernels& kernels_;
   base::Memory& memory_;
-  const TernaryLayout layout_;
-  const bool skips_lines_;
+  TernaryLayout layout_ = kernels_.layout;  // of all weights but those in lines
   std::vector<std::function<absl::Status()>> jobs_;
-  int64_t bytes_ = 0;
+  int64_t bytes_ = 0;          // of all jobs
+  int64_t smaller_bytes_ = 0;  // and in the kernels' smaller layout
 };
 
 std::string LayerName(int layer) { return absl::StrCat("model.layers.", layer); }
@@ -188,6 +204,7 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
                &local[index][i].second);
     }
   }
+  jobs.FitInto(options_.room_for_weights);
   TERNION_RETURN_IF_ERROR(jobs.Run(*resources_.executor->threads, progress));
   weight_bytes_ = jobs.bytes();
 

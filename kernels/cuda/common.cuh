@@ -150,6 +150,11 @@ __device__ __forceinline__ void UnpackTile(uint32_t word, uint32_t (&a)[4]) {
   for (int f = 0; f < 4; ++f) a[f] = word >> 2 * f & 0x03030303;
 }
 
+// The way back.
+__device__ __forceinline__ uint32_t PackTile(const uint32_t (&a)[4]) {
+  return a[0] | a[1] << 2 | a[2] << 4 | a[3] << 6;
+}
+
 constexpr int kCoreRows = 8;
 
 // The B operand of a warpgroup's product with N rows and two chunks of 16 columns from `chunk` on

@@ -44,6 +44,7 @@ void Replay(const Recording& recording, Executor& executor) {
 constexpr Kernels kTable = {
     .name = "cuda",
     .layout = TernaryLayout::kTiles,
+    .smaller_layout = TernaryLayout::kTilesBase3,
     .wait = Wait,
     .rms_norm = cuda::RmsNorm,
     .quantize = cuda::Quantize,

@@ -1,9 +1,8 @@
 // The ternary product, over tiles (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
 // and the row's sum of activations is subtracted once. Here that of few rows, which is done when
 // the weights were read; many rows go to ternary_tiles.cu.
-#include "kernels/cuda/common.cuh"
-#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/ternary_schedule.h"
+#include "kernels/cuda/ternary_weights.cuh"
 #include "kernels/cuda/variants.h"
 
 namespace ternion::kernels {
@@ -16,17 +15,20 @@ constexpr int kMatmulWarps = kMatmulThreads / kWarp;
 constexpr int kProductRows = 8;  // rows of x in one product of a warp
 constexpr int kMaxProducts = 4;  // that share their weights
 
+// What each warp adds to the sums of a panel.
+using SumsOfWarps = int32_t[kMatmulWarps][kMaxProducts * kProductRows][kPanelRows];
+
 // One panel times N * kProductRows rows of x from `first` on, some of which may lie behind the
 // group's last. The block's warps share the columns.
-template <int N>
-__device__ inline void PanelTimesRows(
-    const QuantizedRows& x, const TernaryGroup& group, int64_t panel, int64_t first,
-    int32_t (*of_warps)[kMaxProducts * kProductRows][kPanelRows]) {
+template <typename Weights, int N>
+__device__ inline void PanelTimesRows(const QuantizedRows& x, const TernaryGroup& group,
+                                      int64_t panel, int64_t first, SumsOfWarps& of_warps) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / 4, q = lane % 4;
-  const int64_t num_blocks = base::CeilDiv(group.weights.columns, kTileColumns);
-  const uint2* tiles = reinterpret_cast<const uint2*>(group.weights.codes) +
-                       panel * num_blocks * (kTileBytes / sizeof(uint2)) + lane;
+  const int64_t num_blocks = base::CeilDiv(group.weights.columns, Weights::kColumns);
+  const int64_t last_step = (group.weights.columns - 1) / kTileColumns;
+  const auto* const blocks =
+      reinterpret_cast<const typename Weights::Block*>(group.weights.codes) + panel * num_blocks;
   const int8_t* codes[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -35,17 +37,21 @@ __device__ inline void PanelTimesRows(
     codes[n] = x.codes + (group.row_begin + (row < last ? row : last)) * x.stride + 16 * q;
   }
   int32_t sums[N][4] = {};
-#pragma unroll 4
+#pragma unroll(4 / Weights::kSteps)
   for (int64_t b = warp; b < num_blocks; b += kMatmulWarps) {
-    const uint2 words = tiles[b * (kTileBytes / sizeof(uint2))];
-    uint32_t left[4], right[4];
-    UnpackTile(words.x, left);
-    UnpackTile(words.y, right);
+    uint32_t a[Weights::kColumns / kProductColumns][4];
+    Weights::Unpack(Weights::WordsOf(blocks[b], lane), a);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const uint4 v = *reinterpret_cast<const uint4*>(codes[n] + b * kTileColumns);
-      MultiplyTile(left, {v.x, v.y}, sums[n]);
-      MultiplyTile(right, {v.z, v.w}, sums[n]);
+    for (int s = 0; s < Weights::kSteps; ++s) {
+      // Rows may end within a block: codes behind are 0, whatever they are multiplied with.
+      const int64_t step = b * Weights::kSteps + s;
+      const int64_t column = (s == 0 || step < last_step ? step : last_step) * kTileColumns;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const uint4 v = *reinterpret_cast<const uint4*>(codes[n] + column);
+        MultiplyTile(a[2 * s], {v.x, v.y}, sums[n]);
+        MultiplyTile(a[2 * s + 1], {v.z, v.w}, sums[n]);
+      }
     }
   }
 #pragma unroll
@@ -70,29 +76,32 @@ __device__ inline void PanelTimesRows(
 }
 
 // A block's panel times all rows of the group.
+template <typename Weights>
 __device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGroup& group,
                                        int64_t panel) {
-  __shared__ int32_t of_warps[kMatmulWarps][kMaxProducts * kProductRows][kPanelRows];
+  __shared__ SumsOfWarps of_warps;
   for (int64_t row = 0; row < group.num_rows; row += kMaxProducts * kProductRows) {
     const int64_t left = group.num_rows - row;
     if (left <= kProductRows) {
-      PanelTimesRows<1>(x, group, panel, row, of_warps);
+      PanelTimesRows<Weights, 1>(x, group, panel, row, of_warps);
     } else if (left <= 2 * kProductRows) {
-      PanelTimesRows<2>(x, group, panel, row, of_warps);
+      PanelTimesRows<Weights, 2>(x, group, panel, row, of_warps);
     } else {
-      PanelTimesRows<kMaxProducts>(x, group, panel, row, of_warps);
+      PanelTimesRows<Weights, kMaxProducts>(x, group, panel, row, of_warps);
     }
   }
 }
 
 // A block per panel and group.
+template <typename Weights>
 __global__ void __launch_bounds__(kMatmulThreads, 2)
     TernaryMatmulKernel(QuantizedRows x, TernaryGroups groups) {
   const TernaryGroup& group = groups.group[blockIdx.y];
-  if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup(x, group, blockIdx.x);
+  if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup<Weights>(x, group, blockIdx.x);
 }
 
 // A block per panel and expert.
+template <typename Weights>
 __global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMatmulArgs args) {
   const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
   if (begin == end) return;
@@ -101,7 +110,7 @@ __global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMa
                               .num_rows = end - begin,
                               .y = args.y + begin * args.rows,
                               .y_stride = args.rows};
-  PanelTimesGroup(args.x, group, blockIdx.x);
+  PanelTimesGroup<Weights>(args.x, group, blockIdx.x);
 }
 
 }  // namespace
@@ -120,7 +129,10 @@ void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
   const auto few = [](const TernaryGroup& group) { return group.num_rows < kManyRows; };
   ForGroups(args.groups, few, [&](const TernaryGroups& groups) {
     const dim3 grid(Blocks(groups.max_panels), Blocks(groups.count));
-    Launch(TernaryMatmulKernel, grid, kMatmulThreads, executor, args.x, groups);
+    WithWeights(groups.group[0].weights.layout, [&](auto weights) {
+      Launch(TernaryMatmulKernel<decltype(weights)>, grid, kMatmulThreads, executor, args.x,
+             groups);
+    });
   });
   ForGroups(args.groups, many, [&](const TernaryGroups& groups) {
     const int64_t tiles = base::CeilDiv(groups.max_panels, kTilePanels) *
@@ -134,7 +146,9 @@ void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor) {
   if (args.x.num_rows == 0) return;
   if (args.x.num_rows < kManyRowsOfExpert * args.num_experts) {
     const dim3 grid(Blocks(panels), Blocks(args.num_experts));
-    return Launch(ExpertMatmulKernel, grid, kMatmulThreads, executor, args);
+    return WithWeights(args.layout, [&](auto weights) {
+      Launch(ExpertMatmulKernel<decltype(weights)>, grid, kMatmulThreads, executor, args);
+    });
   }
   const int64_t tiles = base::CeilDiv(panels, kTilePanels) *
                         NumTileSlots(args.x.num_rows, args.num_experts, kMaxTileRows);

@@ -1,9 +1,8 @@
 // The ternary product of many rows, by tiles: a block multiplies kTilePanels panels with up to
 // kMaxTileRows rows of x, 64 columns at a step. Steps are copied to shared memory ahead of time;
 // from there codes go to registers as A operands, as they are, and rows of x to the tensor cores.
-#include "kernels/cuda/common.cuh"
-#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/ternary_schedule.h"
+#include "kernels/cuda/ternary_weights.cuh"
 
 namespace ternion::kernels {
 namespace {
@@ -16,14 +15,14 @@ constexpr int kChunks = 4;  // of 16 columns, in a step; two of them are a produ
 
 // One step's operands, with N rows of x. These lie as tensor cores take a B operand: eight rows of
 // a chunk are 128 bytes in a row, a core.
-template <int N>
+template <typename Weights, int N>
 struct Stage {
   uint4 x[kChunks][N];
-  uint2 weights[kTilePanels][kWarp];  // what the panel's warp reads
+  typename Weights::Block weights[kTilePanels];  // of a block's first step: what warps read
 };
 
 struct TileMemory {
-  static constexpr int kRingBytes = 40 << 10;
+  static constexpr int kRingBytes = 45 << 10;
   alignas(128) uint8_t ring[kRingBytes];  // of stages, as many as there is room for
   // For the end, so that no registers hold it meanwhile.
   float* y;
@@ -35,8 +34,8 @@ struct TileMemory {
 };
 
 // An even number, so that operands of steps can take turns.
-template <int N>
-constexpr int kStages = TileMemory::kRingBytes / sizeof(Stage<N>) / 2 * 2;
+template <typename Weights, int N>
+constexpr int kStages = TileMemory::kRingBytes / sizeof(Stage<Weights, N>) / 2 * 2;
 
 __device__ inline int64_t OwnPanel() {
   return int64_t{blockIdx.x} * kTilePanels + threadIdx.x / kWarp;
@@ -44,14 +43,15 @@ __device__ inline int64_t OwnPanel() {
 
 // Copies steps of a tile. The tile's last rows and panels may lie behind those of the group: then
 // the last there is is copied in their place, and nothing is stored.
-template <int N>
+template <typename Weights, int N>
 class TileCopier {
  public:
   __device__ TileCopier(const QuantizedRows& x, const TernaryGroup& tile)
       : num_steps_(static_cast<int>(base::CeilDiv(tile.weights.columns, kTileColumns))) {
     const int64_t panel = OwnPanel(), last_panel = tile.weights.num_panels() - 1;
-    weights_ = reinterpret_cast<const uint2*>(tile.weights.codes) +
-               (panel < last_panel ? panel : last_panel) * num_steps_ * kWarp + threadIdx.x % kWarp;
+    weights_ = tile.weights.codes +
+               (panel < last_panel ? panel : last_panel) * tile.weights.stride_bytes();
+    weights_ = Weights::PieceOf(weights_, threadIdx.x % kWarp);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int64_t row = RowOfCopy(i), last = tile.num_rows - 1;
@@ -63,10 +63,11 @@ class TileCopier {
 
   // All threads; each waits for its own copies. A step behind the last has codes 0, and adds
   // nothing whatever x holds.
-  __device__ __forceinline__ void Start(int step, Stage<N>& stage) const {
-    uint2& weights = stage.weights[threadIdx.x / kWarp][threadIdx.x % kWarp];
+  __device__ __forceinline__ void Start(int step, Stage<Weights, N>& stage) const {
+    const int lane = threadIdx.x % kWarp;
+    typename Weights::Block& weights = stage.weights[threadIdx.x / kWarp];
     if (step < num_steps_) {
-      StartCopy<sizeof(uint2)>(weights_ + step * kWarp, &weights);
+      Weights::StartCopyOf(step, weights_, lane, weights);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (N % kCopiedRows != 0 && RowOfCopy(i) >= N) continue;
@@ -74,7 +75,7 @@ class TileCopier {
                                  &stage.x[OwnChunk()][RowOfCopy(i)]);
       }
     } else {
-      weights = {};
+      Weights::ClearOf(lane, weights);
     }
     EndCopies();
   }
@@ -89,7 +90,7 @@ class TileCopier {
   }
 
   const int8_t* x_[kCopies];
-  const uint2* weights_;
+  const uint8_t* weights_;
   int num_steps_;
 };
 
@@ -132,16 +133,19 @@ __device__ __forceinline__ void MultiplyChunks(const uint32_t (&a)[4], const uin
 
 // sums += the product of the tile. Behind a step's barrier the operands of that step are there for
 // all warps, and all have waited for the products of the last step but one: its stage is free.
-template <int N>
-__device__ __forceinline__ void MultiplySteps(const TileCopier<N>& copier, Stage<N>* stages,
+template <typename Weights, int N>
+__device__ __forceinline__ void MultiplySteps(const TileCopier<Weights, N>& copier,
+                                              Stage<Weights, N>* stages,
                                               int32_t (&sums)[N / 8][4]) {
-  constexpr int kAhead = kStages<N> - 2;
+  constexpr int kRing = kStages<Weights, N>, kAhead = kRing - 2;
   const uint64_t operand = SharedOperand(stages[0].x[0]);
   StepOperands even, odd;
-  const auto arrive = [&](const Stage<N>& stage, StepOperands& a) {
+  const auto arrive = [&](int stage, StepOperands& a) {
     WaitForCopies<kAhead - 1>();
     ShowSharedToProducts();
-    const uint2 words = WordsOfChunks(stage.weights[threadIdx.x / kWarp][threadIdx.x % kWarp]);
+    const int step = stage % Weights::kSteps;  // of its block
+    const uint2 words = WordsOfChunks(Weights::TilesOf(
+        step, stages[stage - step].weights[threadIdx.x / kWarp], threadIdx.x % kWarp));
     WaitForProducts<1>();  // those that `a` was for are done
     UnpackTile(words.x, a[0]);
     UnpackTile(words.y, a[1]);
@@ -152,22 +156,22 @@ __device__ __forceinline__ void MultiplySteps(const TileCopier<N>& copier, Stage
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
       if (HasWarpgroups()) {
-        const size_t distance = stage * sizeof(Stage<N>) + p * sizeof(stages->x[0]) * 2;
+        const size_t distance = stage * sizeof(stages[0]) + p * sizeof(stages->x[0]) * 2;
         MultiplyWarpgroup<N>(a[p], Behind(operand, distance), sums);
       } else {
         MultiplyChunks<N>(a[p], stages[stage].x + 2 * p, sums);
       }
     }
     EndProducts();
-    copier.Start(step + kAhead, stages[(stage + kAhead) % kStages<N>]);
-    arrive(stages[(stage + 1) % kStages<N>], of_next);
+    copier.Start(step + kAhead, stages[(stage + kAhead) % kRing]);
+    arrive((stage + 1) % kRing, of_next);
   };
 #pragma unroll
   for (int step = 0; step < kAhead; ++step) copier.Start(step, stages[step]);
-  arrive(stages[0], even);
-  for (int first = 0; first < copier.num_steps(); first += kStages<N>) {
+  arrive(0, even);
+  for (int first = 0; first < copier.num_steps(); first += kRing) {
 #pragma unroll
-    for (int stage = 0; stage < kStages<N>; stage += 2) {
+    for (int stage = 0; stage < kRing; stage += 2) {
       if (first + stage >= copier.num_steps()) break;
       multiply(first + stage, stage, even, odd);
       multiply(first + stage + 1, stage + 1, odd, even);
@@ -200,7 +204,7 @@ __device__ __forceinline__ void StoreTile(const TileMemory& memory,
   }
 }
 
-template <int N>
+template <typename Weights, int N>
 __device__ inline void TileProduct(const QuantizedRows& x, const TernaryGroup& tile,
                                    TileMemory& memory) {
   if (threadIdx.x == 0) {
@@ -214,11 +218,13 @@ __device__ inline void TileProduct(const QuantizedRows& x, const TernaryGroup& t
     memory.sums[row] = x.sums[tile.row_begin + row];
   });
   int32_t sums[N / 8][4] = {};
-  MultiplySteps<N>(TileCopier<N>(x, tile), reinterpret_cast<Stage<N>*>(memory.ring), sums);
+  MultiplySteps(TileCopier<Weights, N>(x, tile), reinterpret_cast<Stage<Weights, N>*>(memory.ring),
+                sums);
   StoreTile<N>(memory, sums);
 }
 
 // The block's panels times rows `first` .. first + num_rows - 1 of the group.
+template <typename Weights>
 __device__ inline void PanelsTimesRows(const QuantizedRows& x, const TernaryGroup& group,
                                        int64_t first, int64_t num_rows) {
   __shared__ TileMemory memory;
@@ -227,26 +233,28 @@ __device__ inline void PanelsTimesRows(const QuantizedRows& x, const TernaryGrou
   tile.num_rows = num_rows;
   tile.y += first * group.y_stride;
   if (num_rows <= 32) {
-    TileProduct<32>(x, tile, memory);
+    TileProduct<Weights, 32>(x, tile, memory);
   } else if (num_rows <= 64) {
-    TileProduct<64>(x, tile, memory);
+    TileProduct<Weights, 64>(x, tile, memory);
   } else if (num_rows <= 96) {
-    TileProduct<96>(x, tile, memory);
+    TileProduct<Weights, 96>(x, tile, memory);
   } else {
-    TileProduct<128>(x, tile, memory);
+    TileProduct<Weights, 128>(x, tile, memory);
   }
 }
 
 // A block per tile and group.
+template <typename Weights>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     TernaryTilesKernel(QuantizedRows x, TernaryGroups groups, int tile_rows) {
   const TernaryGroup& group = groups.group[blockIdx.z];
   const int64_t first = int64_t{blockIdx.y} * tile_rows, left = group.num_rows - first;
   if (left <= 0 || int64_t{blockIdx.x} * kTilePanels >= group.weights.num_panels()) return;
-  PanelsTimesRows(x, group, first, left < tile_rows ? left : tile_rows);
+  PanelsTimesRows<Weights>(x, group, first, left < tile_rows ? left : tile_rows);
 }
 
 // A block per panels and slot.
+template <typename Weights>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     ExpertTilesKernel(ExpertMatmulArgs args, int tile_rows) {
   const RowTile tile =
@@ -254,7 +262,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   if (tile.num_rows == 0) return;
   const TernaryGroup all = {
       .weights = args.weights[tile.expert], .y = args.y, .y_stride = args.rows};
-  PanelsTimesRows(args.x, all, tile.first, tile.num_rows);
+  PanelsTimesRows<Weights>(args.x, all, tile.first, tile.num_rows);
 }
 
 }  // namespace
@@ -267,14 +275,19 @@ void TernaryTiles(const QuantizedRows& x, const TernaryGroups& groups, int tile_
                   Executor& executor) {
   const dim3 grid(Blocks(base::CeilDiv(groups.max_panels, kTilePanels)),
                   Blocks(base::CeilDiv(groups.max_rows, tile_rows)), Blocks(groups.count));
-  Launch(TernaryTilesKernel, grid, kTileThreads, executor, x, groups, tile_rows);
+  WithWeights(groups.group[0].weights.layout, [&](auto weights) {
+    Launch(TernaryTilesKernel<decltype(weights)>, grid, kTileThreads, executor, x, groups,
+           tile_rows);
+  });
 }
 
 void ExpertTiles(const ExpertMatmulArgs& args, int tile_rows, Executor& executor) {
   const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
   const dim3 grid(Blocks(base::CeilDiv(panels, kTilePanels)),
                   Blocks(NumTileSlots(args.x.num_rows, args.num_experts, tile_rows)));
-  Launch(ExpertTilesKernel, grid, kTileThreads, executor, args, tile_rows);
+  WithWeights(args.layout, [&](auto weights) {
+    Launch(ExpertTilesKernel<decltype(weights)>, grid, kTileThreads, executor, args, tile_rows);
+  });
 }
 
 }  // namespace cuda

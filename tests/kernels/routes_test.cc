@@ -86,32 +86,41 @@ TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
 
   // Experts share three matrices, with a scale each.
   std::mt19937 random(4);
-  std::vector<OwnedTernaryMatrix> panels, tiles;
+  std::vector<OwnedTernaryMatrix> panels, tiles, base3;
   for (int i = 0; i < 3; ++i) {
     std::vector<int8_t> weights(outputs * dim);
     for (int8_t& w : weights) w = static_cast<int8_t>(static_cast<int>(random() % 3) - 1);
     panels.push_back(MakeTernaryMatrix(outputs, dim, 1));
     tiles.push_back(MakeTernaryMatrix(outputs, dim, 1, cuda_->layout));
-    PackTernary(weights.data(), 0, outputs, panels.back());
-    PackTernary(weights.data(), 0, outputs, tiles.back());
+    base3.push_back(MakeTernaryMatrix(outputs, dim, 1, TernaryLayout::kTilesBase3));
+    for (auto* matrices : {&panels, &tiles, &base3}) {
+      PackTernary(weights.data(), 0, outputs, matrices->back());
+    }
   }
-  std::vector<TernaryMatrix> of_experts, by_hand;
+  std::vector<TernaryMatrix> by_hand;
   for (int e = 0; e < shape.num_experts; ++e) {
-    of_experts.push_back(tiles[e % 3].view);
     by_hand.push_back(panels[e % 3].view);
-    of_experts[e].scale = by_hand[e].scale = 1.0f + static_cast<float>(e);
+    by_hand[e].scale = 1.0f + static_cast<float>(e);
   }
-  std::vector<float> y(num_routes() * outputs, -1), expected(num_routes() * outputs);
-  cuda_->expert_matmul(
-      {of_routes, of_experts.data(), grouped.begin.data(), y.data(), outputs, shape.num_experts},
-      executor_);
+  std::vector<float> expected(num_routes() * outputs);
   for (int64_t i = 0; i < num_routes(); ++i) {
     const int32_t route = grouped.order[i];
     const TernaryGroup group[] = {
         {by_hand[experts[route]], route / shape.k, 1, &expected[i * outputs], outputs}};
     Fastest().ternary_matmul({x, group}, alone);
   }
-  ExpectSameBits(y, expected);
+  for (const auto* matrices : {&tiles, &base3}) {
+    std::vector<TernaryMatrix> of_experts;
+    for (int e = 0; e < shape.num_experts; ++e) {
+      of_experts.push_back((*matrices)[e % 3].view);
+      of_experts[e].scale = by_hand[e].scale;
+    }
+    std::vector<float> y(num_routes() * outputs, -1);
+    cuda_->expert_matmul({of_routes, of_experts.data(), grouped.begin.data(), y.data(), outputs,
+                          shape.num_experts, of_experts[0].layout},
+                         executor_);
+    ExpectSameBits(y, expected);
+  }
 }
 
 TEST_P(Routes, AreSummedInAscendingExpertId) {

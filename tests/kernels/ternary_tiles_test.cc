@@ -1,4 +1,7 @@
 // Tiles of the ternary product, of all widths and on both kinds of tensor cores, against the CPU.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "kernels/cuda/ternary_schedule.h"
@@ -14,9 +17,9 @@ constexpr float kGuard = -123.0f;
 struct Weights {
   OwnedTernaryMatrix panels, tiles;
 
-  Weights(int64_t rows, int64_t columns, float scale, std::mt19937& random)
+  Weights(int64_t rows, int64_t columns, float scale, TernaryLayout layout, std::mt19937& random)
       : panels(MakeTernaryMatrix(rows, columns, scale)),
-        tiles(MakeTernaryMatrix(rows, columns, scale, TernaryLayout::kTiles)) {
+        tiles(MakeTernaryMatrix(rows, columns, scale, layout)) {
     std::vector<int8_t> weights(rows * columns);
     for (int8_t& w : weights) w = static_cast<int8_t>(static_cast<int>(random() % 3) - 1);
     PackTernary(weights.data(), 0, rows, panels);
@@ -47,6 +50,7 @@ struct Part {
 struct TileCase {
   bool warpgroups;
   int tile_rows;
+  TernaryLayout layout;
 };
 
 class TernaryTiles : public testing::TestWithParam<TileCase> {
@@ -84,13 +88,21 @@ class TernaryTiles : public testing::TestWithParam<TileCase> {
 
   Executor executor_;
 };
-INSTANTIATE_TEST_SUITE_P(Widths, TernaryTiles,
-                         testing::Values(TileCase{true, 128}, TileCase{true, 64},
-                                         TileCase{true, 32}, TileCase{false, 128},
-                                         TileCase{false, 64}, TileCase{false, 32}),
+std::vector<TileCase> TileCases() {
+  std::vector<TileCase> cases;
+  for (const TernaryLayout layout : {TernaryLayout::kTiles, TernaryLayout::kTilesBase3}) {
+    for (const bool warpgroups : {true, false}) {
+      for (const int tile_rows : {128, 64, 32}) cases.push_back({warpgroups, tile_rows, layout});
+    }
+  }
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Widths, TernaryTiles, testing::ValuesIn(TileCases()),
                          [](const auto& info) {
-                           return (info.param.warpgroups ? "Warpgroups" : "Warps") +
-                                  std::to_string(info.param.tile_rows);
+                           const TileCase& c = info.param;
+                           return std::string(c.layout == TernaryLayout::kTiles ? "" : "Base3") +
+                                  (c.warpgroups ? "Warpgroups" : "Warps") +
+                                  std::to_string(c.tile_rows);
                          });
 
 TEST_P(TernaryTiles, OddShapes) {
@@ -103,7 +115,7 @@ TEST_P(TernaryTiles, OddShapes) {
       SCOPED_TRACE(std::to_string(num_rows) + " x " + std::to_string(rows) + " x " +
                    std::to_string(dim));
       QuantizedBuffer x = RandomRows(num_rows, dim, random);
-      const Weights weights(rows, dim, 0.7f, random);
+      const Weights weights(rows, dim, 0.7f, GetParam().layout, random);
       ExpectSame(x.rows(num_rows), {{&weights, 0, num_rows}});
     }
   }
@@ -114,7 +126,7 @@ TEST_P(TernaryTiles, ManyColumns) {
   std::mt19937 random(2);
   const int64_t num_rows = 101, dim = 3200;
   QuantizedBuffer x = RandomRows(num_rows, dim, random);
-  const Weights weights(40, dim, 1.3f, random);
+  const Weights weights(40, dim, 1.3f, GetParam().layout, random);
   ExpectSame(x.rows(num_rows), {{&weights, 0, num_rows}});
 }
 
@@ -122,7 +134,8 @@ TEST_P(TernaryTiles, Groups) {
   std::mt19937 random(3);
   const int64_t num_rows = 150, dim = 100;
   QuantizedBuffer x = RandomRows(num_rows, dim, random);
-  const Weights narrow(20, dim, 0.1f, random), wide(300, dim, 0.2f, random);
+  const Weights narrow(20, dim, 0.1f, GetParam().layout, random),
+      wide(300, dim, 0.2f, GetParam().layout, random);
   ExpectSame(x.rows(num_rows), {{&narrow, 0, 150}, {&wide, 7, 1}, {&wide, 50, 0}, {&wide, 13, 70}});
 }
 
@@ -137,7 +150,7 @@ TEST_P(TernaryTiles, ExtremeCodes) {
       std::fill_n(x.codes + r * x.stride, dim, code);
       x.sums[r] = static_cast<int32_t>(code * dim);
     }
-    const Weights weights(16, dim, 1, random);
+    const Weights weights(16, dim, 1, GetParam().layout, random);
     ExpectSame(x, {{&weights, 0, num_rows}});
   }
 }
@@ -152,7 +165,7 @@ TEST_P(TernaryTiles, Experts) {
   std::vector<Weights> weights;
   std::vector<TernaryMatrix> of_experts;
   for (int e = 0; e < num_experts; ++e) {
-    weights.emplace_back(outputs, dim, 0.5f + static_cast<float>(e), random);
+    weights.emplace_back(outputs, dim, 0.5f + static_cast<float>(e), GetParam().layout, random);
     of_experts.push_back(weights.back().tiles.view);
   }
   std::vector<float> y(begin.back() * outputs, kGuard), expected(begin.back() * outputs, kGuard);
@@ -163,9 +176,37 @@ TEST_P(TernaryTiles, Experts) {
   }
   Executor alone = {&Threads(1)};
   Fastest().ternary_matmul({x, groups}, alone);
-  cuda::ExpertTiles({x, of_experts.data(), begin.data(), y.data(), outputs, num_experts},
-                    GetParam().tile_rows, executor_);
+  cuda::ExpertTiles(
+      {x, of_experts.data(), begin.data(), y.data(), outputs, num_experts, GetParam().layout},
+      GetParam().tile_rows, executor_);
   ExpectSameBits(y, expected);
+}
+
+// The last row may end where memory does, also within a block of the weights.
+class RowsThatEndMemory : public testing::TestWithParam<int64_t> {};
+INSTANTIATE_TEST_SUITE_P(Rows, RowsThatEndMemory, testing::Values(1, 20, 70));
+
+TEST_P(RowsThatEndMemory, AreAllThatIsRead) {
+  Executor executor;
+  const Kernels* const cuda = CudaVariant(executor);
+  ASSERT_NE(cuda, nullptr);
+  std::mt19937 random(6);
+  const int64_t num_rows = GetParam(), dim = 192, page = sysconf(_SC_PAGESIZE);
+  const Weights weights(20, dim, 1, cuda->smaller_layout, random);
+  QuantizedBuffer buffer = RandomRows(num_rows, dim, random);
+  QuantizedRows x = buffer.rows(num_rows);
+  const int64_t bytes = num_rows * x.stride, pages = base::RoundUp(bytes, page);
+  void* const memory =
+      mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  ASSERT_EQ(mprotect(static_cast<uint8_t*>(memory) + pages, page, PROT_NONE), 0);
+  x.codes = static_cast<int8_t*>(memory) + pages - bytes;
+  std::copy_n(buffer.rows(num_rows).codes, bytes, x.codes);
+  std::vector<float> y(num_rows * 20);
+  const TernaryGroup group[] = {{weights.tiles.view, 0, num_rows, y.data(), 20, nullptr}};
+  cuda->ternary_matmul({x, group}, executor);
+  cuda->wait(executor);
+  munmap(memory, pages + page);
 }
 
 }  // namespace

@@ -57,6 +57,17 @@ TEST_P(CudaDevice, GivesTheBitsOfTheCpu) {
   }
 }
 
+// A KV cache that leaves hardly any of the device's 256 MB.
+TEST(CudaMemory, WeightsThatDoNotFitArePackedInBase3) {
+  TempDir place;
+  const Case roomy = {"Roomy", 1, "tiny", {"--kv-tokens", "1000"}};
+  const Case full = {"Full", 1, "tiny", {"--kv-tokens", "130000"}};
+  const Json two_bits = ReportOf(roomy, "cuda", place), base3 = ReportOf(full, "cuda", place);
+  ASSERT_TRUE(two_bits.contains("logits_hash") && base3.contains("logits_hash"));
+  EXPECT_LT(base3["per_rank"][0]["weight_bytes"], two_bits["per_rank"][0]["weight_bytes"]);
+  EXPECT_EQ(base3["logits_hash"], two_bits["logits_hash"]);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Exchanges, CudaDevice,
     testing::Values(Case{"OneRank", 1, "tiny", {"--wire", "exact"}},
