@@ -257,6 +257,7 @@ __device__ inline float* PartOf(const AttentionArgs& args, const Parts& parts, i
 // takes one.
 template <KvFormat kFormat, int kElements, bool kSplit>
 __global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs args, Parts parts) {
+  AwaitOpsBefore();
   __shared__ BlockMemory<kElements> memory;
   const int64_t row = blockIdx.x;
   const int kv_head = blockIdx.y, head_dim = args.head_dim;
@@ -305,6 +306,7 @@ __global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs 
 
 // A block per row and query head.
 __global__ void JoinPagesKernel(AttentionArgs args, Parts parts) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x, head = blockIdx.y;
   const int pages = args.positions[row] / kPageTokens + 1;
   float* out = args.out + row * args.out_stride + head * args.head_dim;

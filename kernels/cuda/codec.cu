@@ -64,6 +64,7 @@ __device__ inline void EncodeBlocks(const float* x, int64_t dim, uint8_t* out) {
 }
 
 __global__ void EncodeRowsKernel(EncodeRowsArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t source = args.rows == nullptr ? row : args.rows[row];
   const float* x = args.x + source * args.x_stride;
@@ -104,6 +105,7 @@ __device__ inline float Decode(RowFormat format, const uint8_t* row, int64_t dim
 }
 
 __global__ void DecodeRowsKernel(DecodeRowsArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const uint8_t* in = args.rows + row * EncodedRowBytes(args.format, args.dim);
   float* out = args.out + row * args.dim;
@@ -111,6 +113,7 @@ __global__ void DecodeRowsKernel(DecodeRowsArgs args) {
 }
 
 __global__ void AddRowsKernel(AddRowsArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (i >= args.dim) return;
@@ -128,6 +131,7 @@ __global__ void AddRowsKernel(AddRowsArgs args) {
 }
 
 __global__ void PackCodesKernel(PackCodesArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t source = args.rows == nullptr ? row : args.rows[row];
   const int8_t* codes = args.codes + source * args.codes_stride;
@@ -146,6 +150,7 @@ __global__ void PackCodesKernel(PackCodesArgs args) {
 }
 
 __global__ void UnpackInt4Kernel(UnpackInt4Args args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const uint8_t* packed = args.packed + row * CodeBytes(RowFormat::kInt4, args.dim);
   int8_t* codes = args.codes + row * args.codes_stride;

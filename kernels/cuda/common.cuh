@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "base/checked.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/kernels.h"
 
 namespace ternion::kernels {
@@ -19,7 +20,20 @@ constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kFullWarp = ~0u;
 
-// Enqueues the kernel. What goes wrong is reported by whoever waits for the executor.
+// Whether blocks may start before the op before theirs is done: from sm_90 on, where kernels'
+// AwaitOpsBefore waits. A process uses one device, or several alike.
+inline bool StartsEarly() {
+  static const bool early = [] {
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9;
+  }();
+  return early;
+}
+
+// Enqueues the kernel, which begins with AwaitOpsBefore. What goes wrong is reported by whoever
+// waits for the executor.
 template <typename... Parameters, typename... Arguments>
 void Launch(void (*kernel)(Parameters...), dim3 grid, int threads, Executor& executor,
             Arguments... arguments) {
@@ -28,6 +42,11 @@ void Launch(void (*kernel)(Parameters...), dim3 grid, int threads, Executor& exe
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(executor.stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = StartsEarly() ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -52,6 +71,7 @@ __device__ __forceinline__ void ForEach(int64_t n, F f) {
 template <typename F>
 __device__ inline float LaneSum(int64_t n, F value) {
   constexpr int kStage = 1024;  // elements at a time; a multiple of kLanes
+  constexpr int kAtOnce = 16;   // loads under way, so that a lane waits for its additions alone
   __shared__ float stage[kStage];
   __shared__ float total;
   float sum = 0;
@@ -60,7 +80,15 @@ __device__ inline float LaneSum(int64_t n, F value) {
     ForEach(count, [&](int64_t i) { stage[i] = value(begin + i); });
     __syncthreads();
     if (threadIdx.x < kLanes) {
-      for (int64_t i = threadIdx.x; i < count; i += kLanes) sum = sum + stage[i];
+      int64_t i = threadIdx.x;
+      for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
+        float terms[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) terms[j] = stage[i + j * kLanes];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) sum = sum + terms[j];
+      }
+      for (; i < count; i += kLanes) sum = sum + stage[i];
     }
     __syncthreads();
   }

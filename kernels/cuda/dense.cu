@@ -80,6 +80,7 @@ __device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64
 
 template <typename W, bool kAligned>
 __global__ void __launch_bounds__(kDenseThreads) DenseMatmulKernel(DenseMatmulArgs args) {
+  AwaitOpsBefore();
   const int64_t output = int64_t{blockIdx.x} * kOutputsOfBlock + threadIdx.x / kThreadsOfOutput;
   const int64_t first = int64_t{blockIdx.y} * kDenseRows;
   const int64_t end = first + kDenseRows < args.num_rows ? first + kDenseRows : args.num_rows;
@@ -125,6 +126,7 @@ __device__ inline bool Before(const Candidate& a, const Candidate& b, int n) {
 // A block (one warp) per row. The j-th choice is the first behind the one before it; where a logit
 // is NaN all probabilities are, and the order is that of the indices.
 __global__ void GateTopKKernel(GateTopKArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int n = args.num_experts;
   const float* logits = args.logits + row * n;

@@ -68,6 +68,7 @@ __device__ inline void StoreVector(const KvStoreArgs& args, int64_t row, int vec
 // A block per vector and row; where tokens share words, a block per vector takes all rows.
 template <KvFormat kFormat>
 __global__ void KvStoreKernel(KvStoreArgs args) {
+  AwaitOpsBefore();
   for (int64_t row = blockIdx.y; row < args.num_rows; row += gridDim.y) {
     StoreVector<kFormat>(args, row, blockIdx.x);
     __syncthreads();

@@ -25,6 +25,7 @@ struct Operand {
 // Does nothing but multiply what is in registers (and, on warpgroups, a little shared memory).
 // Random operands: chips are faster on zeros.
 __global__ void __launch_bounds__(kThreads) MultiplyKernel(int32_t* out) {
+  AwaitOpsBefore();
   __shared__ Operand operand;
   uint32_t seed = (blockIdx.x * kThreads + threadIdx.x) * 2654435761u + 1;
   const auto next = [&] { return seed = seed * 1664525u + 1013904223u; };

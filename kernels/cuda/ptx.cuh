@@ -19,6 +19,18 @@ __device__ __forceinline__ void MultiplyTile(const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- Ops one after the other (PTX ISA, griddepcontrol)
+
+// What each kernel does first: until all ops before are done and what they wrote is seen. Blocks of
+// the next op may start from here on, and wait here in turn. Before it only what no op writes may
+// be touched.
+__device__ __forceinline__ void AwaitOpsBefore() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- Copies from memory to shared memory, which go on by themselves
 
 // Of 8 or 16 bytes, aligned to as many. `to` holds anything until WaitForCopies.

@@ -30,6 +30,7 @@ __device__ inline int32_t BlockScan(int32_t value, int32_t* total) {
 
 // One block. A thread takes an expert and walks all routes, which all threads read together.
 __global__ void GroupRoutesKernel(GroupRoutesArgs args) {
+  AwaitOpsBefore();
   const int32_t num_routes = static_cast<int32_t>(args.num_routes);
   int32_t first = 0;
   for (int base = 0; base < args.num_experts; base += static_cast<int>(blockDim.x)) {
@@ -53,6 +54,7 @@ __global__ void GroupRoutesKernel(GroupRoutesArgs args) {
 }
 
 __global__ void GatherRoutesKernel(GatherRoutesArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t source = args.order[row] / args.k;
   const int4* in = reinterpret_cast<const int4*>(args.x.codes + source * args.x.stride);
@@ -66,6 +68,7 @@ __global__ void GatherRoutesKernel(GatherRoutesArgs args) {
 constexpr int kMaxTopK = 64;
 
 __global__ void SumRoutesKernel(SumRoutesArgs args) {
+  AwaitOpsBefore();
   // Places ascend with experts.
   __shared__ int32_t places[kMaxTopK];
   __shared__ float weights[kMaxTopK];

@@ -13,6 +13,7 @@ __device__ inline float InverseRms(const float* x, int64_t dim, float eps) {
 }
 
 __global__ void RmsNormKernel(RmsNormArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const float* x = args.x + row * args.x_stride;
   float* out = args.out + row * args.out_stride;
@@ -99,6 +100,7 @@ __device__ inline void QuantizeRow4(const RowValues& values, const QuantizedRows
 }
 
 __global__ void QuantizeKernel(QuantizeArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.out.dim;
   RowValues values = {args.x + row * args.x_stride, args.weight, 0};
@@ -112,6 +114,7 @@ __global__ void QuantizeKernel(QuantizeArgs args) {
 }
 
 __global__ void EmbedKernel(EmbedArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.table.columns;
   const int64_t first = args.ids[row] * dim;
@@ -135,6 +138,7 @@ __device__ inline float Relu2Times(float x, float y) {
 }
 
 __global__ void GluKernel(GluArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (i >= args.dim) return;
@@ -144,6 +148,7 @@ __global__ void GluKernel(GluArgs args) {
 }
 
 __global__ void RopeKernel(RopeArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t half = args.head_dim / 2;
   const int64_t table = args.positions[row] * half;
@@ -159,6 +164,7 @@ __global__ void RopeKernel(RopeArgs args) {
 
 // A block per head; pairs at one distance are independent of each other.
 __global__ void HadamardKernel(HadamardArgs args) {
+  AwaitOpsBefore();
   float* x = args.x + blockIdx.x * args.stride + int64_t{blockIdx.y} * args.head_dim;
   const float scale = 1.0f / sqrtf(static_cast<float>(args.head_dim));
   ForEach(args.head_dim, [&](int64_t i) { x[i] = x[i] * scale; });
@@ -174,6 +180,7 @@ __global__ void HadamardKernel(HadamardArgs args) {
 }
 
 __global__ void GatherRowsKernel(GatherRowsArgs args) {
+  AwaitOpsBefore();
   const QuantizedRows& out = args.out;
   const int64_t row = blockIdx.x;
   const int8_t* in = args.rows[row];
@@ -191,6 +198,7 @@ __global__ void GatherRowsKernel(GatherRowsArgs args) {
 }
 
 __global__ void WeightedSumKernel(WeightedSumArgs args) {
+  AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   if (i >= args.dim) return;
@@ -204,6 +212,7 @@ __global__ void WeightedSumKernel(WeightedSumArgs args) {
 }
 
 __global__ void ZeroKernel(ZeroArgs args) {
+  AwaitOpsBefore();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i < args.count) args.out[i] = 0;
 }

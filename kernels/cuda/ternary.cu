@@ -75,6 +75,16 @@ __device__ inline void PanelTimesRows(const QuantizedRows& x, const TernaryGroup
   __syncthreads();
 }
 
+// Brings the panel closer while ops that make x still run: no op writes weights.
+template <typename Weights>
+__device__ inline void FetchPanel(const TernaryMatrix& weights, int64_t panel) {
+  constexpr int64_t kLine = 128;
+  const int64_t bytes =
+      base::CeilDiv(weights.columns, Weights::kColumns) * sizeof(typename Weights::Block);
+  const uint8_t* const codes = weights.codes + panel * bytes;
+  ForEach(base::CeilDiv(bytes, kLine), [&](int64_t i) { PrefetchLine(codes + i * kLine); });
+}
+
 // A block's panel times all rows of the group.
 template <typename Weights>
 __device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGroup& group,
@@ -97,12 +107,16 @@ template <typename Weights>
 __global__ void __launch_bounds__(kMatmulThreads, 2)
     TernaryMatmulKernel(QuantizedRows x, TernaryGroups groups) {
   const TernaryGroup& group = groups.group[blockIdx.y];
-  if (blockIdx.x < group.weights.num_panels()) PanelTimesGroup<Weights>(x, group, blockIdx.x);
+  const bool has_panel = blockIdx.x < group.weights.num_panels();
+  if (has_panel) FetchPanel<Weights>(group.weights, blockIdx.x);
+  AwaitOpsBefore();
+  if (has_panel) PanelTimesGroup<Weights>(x, group, blockIdx.x);
 }
 
 // A block per panel and expert.
 template <typename Weights>
 __global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMatmulArgs args) {
+  AwaitOpsBefore();
   const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
   if (begin == end) return;
   const TernaryGroup group = {.weights = args.weights[blockIdx.y],

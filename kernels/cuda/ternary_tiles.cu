@@ -247,6 +247,7 @@ __device__ inline void PanelsTimesRows(const QuantizedRows& x, const TernaryGrou
 template <typename Weights>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     TernaryTilesKernel(QuantizedRows x, TernaryGroups groups, int tile_rows) {
+  AwaitOpsBefore();
   const TernaryGroup& group = groups.group[blockIdx.z];
   const int64_t first = int64_t{blockIdx.y} * tile_rows, left = group.num_rows - first;
   if (left <= 0 || int64_t{blockIdx.x} * kTilePanels >= group.weights.num_panels()) return;
@@ -257,6 +258,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
 template <typename Weights>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     ExpertTilesKernel(ExpertMatmulArgs args, int tile_rows) {
+  AwaitOpsBefore();
   const RowTile tile =
       TileOfSlot(static_cast<int32_t>(blockIdx.y), args.begin, args.num_experts, tile_rows);
   if (tile.num_rows == 0) return;

@@ -39,6 +39,9 @@ struct Async {
   uint64_t shown_in_round = ~uint64_t{0};  // of the block's barrier
 };
 
+// What every thread of a kernel that may start early calls.
+void AwaitOpsBefore();
+
 void StartCopy(const void* from, void* to, int bytes);
 void EndCopies();
 void WaitForCopies(int left);

@@ -124,7 +124,8 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> threa
   }
   Device& device = TheDevice();
   const std::lock_guard lock(device.mutex);
-  device.Submit([=, body = std::move(thread)] { RunGrid(grid, threads, body); });
+  const bool early = config.numAttrs > 0;
+  device.Submit([=, body = std::move(thread)] { RunGrid(grid, threads, early, body); });
   return cudaSuccess;
 }
 
@@ -222,6 +223,10 @@ cudaError_t cudaSetDevice(int device) {
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = chosen_device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {

@@ -83,6 +83,7 @@ struct Fiber {
   Async async;
   const Barrier* waits_for = nullptr;
   uint64_t round = 0;
+  bool awaited = false;  // ops before
   bool done = false;
 };
 
@@ -98,6 +99,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   int num_threads = 0;
+  bool early = false;
   Barrier barrier;
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
@@ -142,6 +144,7 @@ void FiberMain() {
   Arrive(nullptr, &block.scheduler);
   Fiber& self = *block.current;
   (*block.body)();
+  if (block.early && !self.awaited) Fail("a thread did not wait for the ops before its own");
   if (!self.async.products.empty()) Fail("a thread ended with products under way");
   self.done = true;
   block.warps[self.number / kWarpThreads].barrier.Leave();
@@ -172,6 +175,7 @@ void Prepare(Fiber& fiber) {
   fiber.exchanges = 0;
   fiber.async = Async();
   fiber.waits_for = nullptr;
+  fiber.awaited = false;
   fiber.done = false;
 }
 
@@ -220,10 +224,11 @@ void RunBlock(int num_threads) {
 
 }  // namespace
 
-void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
+void RunGrid(dim3 grid, dim3 threads, bool early, const std::function<void()>& body) {
   gridDim = grid;
   blockDim = threads;
   block.body = &body;
+  block.early = early;
   const int num_threads = static_cast<int>(threads.x * threads.y * threads.z);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -238,6 +243,7 @@ void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body) {
 void BlockBarrier() { WaitAt(block.barrier); }
 void WarpBarrier() { WaitAt(block.warps[block.current->number / kWarpThreads].barrier); }
 int LaneOfThread() { return block.current->number % kWarpThreads; }
+void AwaitOpsBefore() { block.current->awaited = true; }
 Async& AsyncOfThread() { return block.current->async; }
 uint64_t RoundOfBlock() { return block.barrier.round; }
 

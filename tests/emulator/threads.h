@@ -12,8 +12,9 @@ namespace ternion::emulator {
 
 [[noreturn]] void Fail(const char* what);
 
-// Runs `body` as each thread of each block, one block after the other.
-void RunGrid(dim3 grid, dim3 threads, const std::function<void()>& body);
+// Runs `body` as each thread of each block, one block after the other. `early`: the kernel may
+// start before ops that come first are done, so that each thread must wait for them.
+void RunGrid(dim3 grid, dim3 threads, bool early, const std::function<void()>& body);
 
 Async& AsyncOfThread();
 // How often the block's threads have met.

@@ -25,6 +25,8 @@ inline void MultiplyTile(const uint32_t (&a)[4], const uint32_t (&b)[2], int32_t
   }
 }
 
+inline void AwaitOpsBefore() { emulator::AwaitOpsBefore(); }
+
 template <int bytes>
 void StartCopy(const void* from, void* to) {
   emulator::StartCopy(from, to, bytes);
