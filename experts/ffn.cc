@@ -17,19 +17,14 @@ FfnWorkspace::FfnWorkspace(int64_t max_rows, int64_t max_intermediate, base::Mem
 void ActivateFfn(const kernels::Kernels& kernels, kernels::Executor& executor,
                  const FfnConfig& config, float* gate, const float* up,
                  const kernels::QuantizedRows& out) {
-  kernels.glu({.gate = gate,
-               .up = up,
-               .out = gate,
-               .num_rows = out.num_rows,
-               .dim = config.intermediate,
-               .stride = config.intermediate,
-               .activation = config.activation},
-              executor);
   kernels.quantize({.x = gate,
                     .weight = config.sub_norm,
                     .out = out,
                     .x_stride = config.intermediate,
-                    .eps = config.eps},
+                    .eps = config.eps,
+                    .join = kernels::JoinOf(config.activation),
+                    .y = up,
+                    .joined = gate},
                    executor);
 }
 
@@ -47,7 +42,7 @@ void RunFfn(const kernels::Kernels& kernels, kernels::Executor& executor, const 
   };
 
   // relu2 needs up only where the gate is above 0.
-  const bool gate_first = config.activation == kernels::Activation::kRelu2;
+  const bool gate_first = config.activation == kernels::Activation::kRelu2 && kernels.skips_lines;
   products.clear();
   for (const FfnGroup& group : groups) {
     products.push_back({group.weights->gate.view, group.row_begin, group.num_rows,

@@ -58,9 +58,8 @@ class FfnWorkspace {
   std::vector<kernels::TernaryGroup> groups_;
 };
 
-// From the first products to the input of the last: out [rows, intermediate] =
-// quantize(norm(act(gate)
-// * up)). `gate` [rows, intermediate] is overwritten.
+// From the first products to the input of the last: out [rows, intermediate] is
+// quantize(norm(act(gate) * up)). `gate` [rows, intermediate] is overwritten.
 void ActivateFfn(const kernels::Kernels& kernels, kernels::Executor& executor,
                  const FfnConfig& config, float* gate, const float* up,
                  const kernels::QuantizedRows& out);

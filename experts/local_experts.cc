@@ -58,22 +58,24 @@ void LocalExperts::Run(const kernels::Kernels& kernels, kernels::Executor& execu
                        executor);
   const kernels::QuantizedRows x = gathered_.rows(num_routes);
   kernels.gather_routes({codes, order_.data(), x, choice.top_k}, executor);
-  const auto multiply = [&](const kernels::QuantizedRows& rows,
-                            const base::Array<TernaryMatrix>& weights, int64_t outputs, float* y) {
-    kernels.expert_matmul({.x = rows,
-                           .weights = weights.data(),
-                           .begin = begin_.data(),
-                           .y = y,
-                           .rows = outputs,
-                           .num_experts = num_experts_,
-                           .layout = tables.layout},
-                          executor);
-  };
-  multiply(x, tables.gate, config.intermediate, gate_.data());
-  multiply(x, tables.up, config.intermediate, up_.data());
+  kernels.expert_matmul(
+      {.x = x,
+       .matrices = {{tables.gate.data(), gate_.data()}, {tables.up.data(), up_.data()}},
+       .num_matrices = 2,
+       .begin = begin_.data(),
+       .rows = config.intermediate,
+       .num_experts = num_experts_,
+       .layout = tables.layout},
+      executor);
   const kernels::QuantizedRows inner = inner_.rows(num_routes);
   ActivateFfn(kernels, executor, config, gate_.data(), up_.data(), inner);
-  multiply(inner, tables.down, config.hidden, y_.data());
+  kernels.expert_matmul({.x = inner,
+                         .matrices = {{tables.down.data(), y_.data()}},
+                         .begin = begin_.data(),
+                         .rows = config.hidden,
+                         .num_experts = num_experts_,
+                         .layout = tables.layout},
+                        executor);
   kernels.sum_routes({.y = y_.data(),
                       .places = places_.data(),
                       .weights = choice.weights,

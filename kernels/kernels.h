@@ -61,7 +61,18 @@ struct RmsNormArgs {
   float eps = 0;
 };
 
-// Optional RMSNorm, then one scale per row (NUMERICS.md, Activations). One pass over x from cache.
+// What a row may be joined with, element by element, before anything else: x becomes x + y,
+// silu(x) * y with silu(x) = x / (1 + exp(-x)), or relu2(x) * y: x^2 * y, and +0 where x <= 0,
+// whatever y holds there.
+enum class Join : uint8_t { kNothing, kAdd, kSiluTimes, kRelu2Times };
+
+// Of a gated feed-forward: what joins its gate with up.
+enum class Activation : uint8_t { kSilu, kRelu2 };
+constexpr Join JoinOf(Activation activation) {
+  return activation == Activation::kSilu ? Join::kSiluTimes : Join::kRelu2Times;
+}
+
+// Optional join, optional RMSNorm, then one scale per row (NUMERICS.md, Activations).
 // bits 8: s = 127 / max(absmax, 1e-5), code = clamp(round(x * s), -128, 127), scales = max(absmax,
 // 1e-5) / 127. bits 4: b = mean|x|, code = clamp(round(sqrt(7) * x / (b + 1e-5)), -8, 7), scales =
 // b / sqrt(7). round is half to even. A row with NaN gives unspecified codes (in range), never
@@ -77,6 +88,9 @@ struct QuantizeArgs {
   bool top_half =
       false;  // codes of the smaller half by |x| (after the norm) become 0: kept are the
               // dim - dim / 2 largest and all that equal the least of these (bits 8 only)
+  Join join = Join::kNothing;
+  const float* y = nullptr;  // [num_rows, x_stride], or null: nothing to join
+  float* joined = nullptr;   // [num_rows, x_stride] what x becomes, may be x; or null
 };
 
 // y[i][o] = float(sum_k w[o][k] * code[i][k]) * (w.scale * x.scales[i]) for each group's own rows
@@ -119,30 +133,23 @@ struct EmbedArgs {
   int64_t num_rows = 0;
 };
 
-// out = act(gate) * up. silu: gate / (1 + exp(-gate)) * up. relu2: gate^2 * up, and +0 where gate
-// <= 0, whatever up holds there.
-enum class Activation : uint8_t { kSilu, kRelu2 };
-struct GluArgs {
-  const float* gate = nullptr;  // [num_rows, stride]
-  const float* up = nullptr;    // [num_rows, stride]
-  float* out = nullptr;         // [num_rows, stride], may be gate or up
-  int64_t num_rows = 0;
-  int64_t dim = 0;
+// Heads of q and k, in place: RMSNorm of each head where there is a norm, then rotary embedding in
+// NeoX halves, (a, b) = (x[d], x[d + head_dim/2]) becomes (a cos - b sin, b cos + a sin) with the
+// angle positions[row] * theta^(-2d / head_dim).
+struct RopeHeads {
+  float* x = nullptr;           // [num_rows, stride], heads * head_dim columns used
+  const float* norm = nullptr;  // [head_dim], or null: none
   int64_t stride = 0;
-  Activation activation = Activation::kSilu;
+  int heads = 0;
 };
-
-// Rotary embedding in NeoX halves, in place: (a, b) = (x[d], x[d + head_dim/2]) becomes
-// (a cos - b sin, b cos + a sin) with the angle positions[row] * theta^(-2d / head_dim).
 struct RopeArgs {
-  float* x = nullptr;                  // [num_rows, stride], heads * head_dim columns used
+  RopeHeads q = {}, k = {};
   const int32_t* positions = nullptr;  // [num_rows]
   const float* cos_table = nullptr;    // [max_positions, head_dim / 2]
   const float* sin_table = nullptr;    // [max_positions, head_dim / 2]
   int64_t num_rows = 0;
-  int64_t stride = 0;
-  int heads = 0;
   int head_dim = 0;
+  float eps = 0;
 };
 
 // x[head] = H x[head] for each head of a row, in place: H is the orthonormal Hadamard matrix (its
@@ -308,13 +315,17 @@ struct GatherRoutesArgs {
   int k = 0;
 };
 
-// ternary_matmul with a group for each expert: its rows of x are begin[e] .. begin[e + 1] - 1, and
-// so are those of y.
+// ternary_matmul with a group for each expert and each of its one or two matrices: the expert's
+// rows of x are begin[e] .. begin[e + 1] - 1, and so are those of y.
+struct ExpertMatrices {
+  const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim] in `layout`
+  float* y = nullptr;                      // [x.num_rows, rows]
+};
 struct ExpertMatmulArgs {
   QuantizedRows x;
-  const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim] in `layout`
-  const int32_t* begin = nullptr;          // [num_experts + 1]
-  float* y = nullptr;                      // [x.num_rows, rows]
+  ExpertMatrices matrices[2];
+  int num_matrices = 1;
+  const int32_t* begin = nullptr;  // [num_experts + 1]
   int64_t rows = 0;
   int num_experts = 0;
   TernaryLayout layout = TernaryLayout::kTiles;
@@ -365,7 +376,6 @@ struct Kernels {
   void (*ternary_matmul)(const TernaryMatmulArgs&, Executor&) = nullptr;
   void (*dense_matmul)(const DenseMatmulArgs&, Executor&) = nullptr;
   void (*embed)(const EmbedArgs&, Executor&) = nullptr;
-  void (*glu)(const GluArgs&, Executor&) = nullptr;
   void (*rope)(const RopeArgs&, Executor&) = nullptr;
   void (*hadamard)(const HadamardArgs&, Executor&) = nullptr;
   void (*kv_store)(const KvStoreArgs&, Executor&) = nullptr;

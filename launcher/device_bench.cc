@@ -79,14 +79,14 @@ void DeviceBench::Call(const MatmulCase& c, Operands& operands, int call) {
         {NextMatrix(c), 0, c.rows(), operands.y.data(), c.outputs}};
     return kernels_.ternary_matmul({x, groups}, executor_);
   }
-  kernels_.expert_matmul({.x = x,
-                          .weights = operands.matrices.data() + int64_t{call} * c.num_experts,
-                          .begin = operands.begin.data() + int64_t{call} * (c.num_experts + 1),
-                          .y = operands.y.data(),
-                          .rows = c.outputs,
-                          .num_experts = c.num_experts,
-                          .layout = kernels_.layout},
-                         executor_);
+  kernels_.expert_matmul(
+      {.x = x,
+       .matrices = {{operands.matrices.data() + int64_t{call} * c.num_experts, operands.y.data()}},
+       .begin = operands.begin.data() + int64_t{call} * (c.num_experts + 1),
+       .rows = c.outputs,
+       .num_experts = c.num_experts,
+       .layout = kernels_.layout},
+      executor_);
 }
 
 absl::StatusOr<double> DeviceBench::SecondsOf(const kernels::Recording& recording) {

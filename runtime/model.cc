@@ -248,8 +248,8 @@ absl::Status Model::RunExperts(const Batch& batch, int layer, Part& part, Part& 
   return other.carried_on ? absl::OkStatus() : advance();
 }
 
-// h += o_proj(norm(attention(rope(q), rope(k), v))).
-void Model::AttentionBlock(const LayerWeights& layer, int index, const Part& part) {
+// out_ = o_proj(norm(attention(rope(q), rope(k), v))).
+void Model::AttentionBlock(const LayerWeights& layer, int index, Part& part) {
   ProjectHeads(layer, part);
   AttendOverCache(index, part);
   const AttentionWeights& w = layer.attention;
@@ -264,51 +264,27 @@ void Model::AttentionBlock(const LayerWeights& layer, int index, const Part& par
                                *resources_.executor);
   const kernels::TernaryGroup o[] = {{w.o.view, 0, rows, out_.data(), config_.hidden}};
   resources_.kernels->ternary_matmul({.x = attended, .groups = o}, *resources_.executor);
-  AddOutToHidden(part);
+  part.out_waits = true;
 }
 
 // q_, k_ and v_ of the batch from hidden_; q and k normed where the family does, and turned to
 // their positions.
-void Model::ProjectHeads(const LayerWeights& layer, const Part& part) {
+void Model::ProjectHeads(const LayerWeights& layer, Part& part) {
   const AttentionWeights& w = layer.attention;
   const int64_t rows = part.num_rows;
-  const kernels::QuantizedRows x = CodesOf(part);
-  resources_.kernels->quantize({.x = HiddenOf(part),
-                                .weight = layer.input_norm.data(),
-                                .out = x,
-                                .x_stride = config_.hidden,
-                                .eps = config_.norm_eps,
-                                .bits = config_.act_bits},
-                               *resources_.executor);
+  const kernels::QuantizedRows x = NormHidden(layer.input_norm, /*normed=*/nullptr, part);
   const kernels::TernaryGroup qkv[] = {{w.q.view, 0, rows, q_.data(), config_.q_dim()},
                                        {w.k.view, 0, rows, k_.data(), config_.kv_dim()},
                                        {w.v.view, 0, rows, v_.data(), config_.kv_dim()}};
   resources_.kernels->ternary_matmul({.x = x, .groups = qkv}, *resources_.executor);
-  NormAndRope(q_.data(), config_.heads, OrNull(w.q_norm), part);
-  NormAndRope(k_.data(), config_.kv_heads, OrNull(w.k_norm), part);
-}
-
-void Model::NormAndRope(float* vectors, int num_heads, const float* norm, const Part& part) {
-  const int64_t head_dim = config_.head_dim;
-  if (norm != nullptr) {
-    resources_.kernels->rms_norm({.x = vectors,
-                                  .weight = norm,
-                                  .out = vectors,
-                                  .num_rows = part.num_rows * num_heads,
-                                  .dim = head_dim,
-                                  .x_stride = head_dim,
-                                  .out_stride = head_dim,
-                                  .eps = config_.norm_eps},
-                                 *resources_.executor);
-  }
-  resources_.kernels->rope({.x = vectors,
+  resources_.kernels->rope({.q = {q_.data(), OrNull(w.q_norm), config_.q_dim(), config_.heads},
+                            .k = {k_.data(), OrNull(w.k_norm), config_.kv_dim(), config_.kv_heads},
                             .positions = tables_.positions() + part.begin,
                             .cos_table = cos_.data(),
                             .sin_table = sin_.data(),
-                            .num_rows = part.num_rows,
-                            .stride = num_heads * head_dim,
-                            .heads = num_heads,
-                            .head_dim = config_.head_dim},
+                            .num_rows = rows,
+                            .head_dim = config_.head_dim,
+                            .eps = config_.norm_eps},
                            *resources_.executor);
 }
 
@@ -351,20 +327,13 @@ void Model::AttendOverCache(int index, const Part& part) {
   if (rotates) RotateHeads(attended_.data(), heads, rows);
 }
 
-// h += FFN(norm(h)): the dense MLP, or the shared expert; the rows of routed experts are on the way
-// when this returns, and what they add comes with MoeCombine.
-absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch,
-                             const Part& part) {
-  const kernels::QuantizedRows x = CodesOf(part);
+// h += FFN(norm(h)), or what is to be added is left in out_: the dense MLP, or the shared expert;
+// the rows of routed experts are on the way when this returns, and what they add comes with
+// MoeCombine.
+absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch, Part& part) {
   float* const normed = normed_.data() + part.begin * config_.hidden;
-  resources_.kernels->quantize({.x = HiddenOf(part),
-                                .weight = layer.post_attention_norm.data(),
-                                .normed = config_.moe() ? normed : nullptr,
-                                .out = x,
-                                .x_stride = config_.hidden,
-                                .eps = config_.norm_eps,
-                                .bits = config_.act_bits},
-                               *resources_.executor);
+  const kernels::QuantizedRows x =
+      NormHidden(layer.post_attention_norm, config_.moe() ? normed : nullptr, part);
   if (config_.moe()) {
     const experts::MoeInput input = {x, normed, batch.step, static_cast<uint32_t>(index)};
     TERNION_RETURN_IF_ERROR(experts::MoeDispatch(layer.moe, *placement_, input, *moe_, *part.moe));
@@ -379,13 +348,32 @@ absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& 
     const experts::FfnGroup all_rows[] = {{&layer.local_ffn, 0, part.num_rows}};
     experts::RunFfn(*resources_.kernels, *resources_.executor, ffn, x, all_rows,
                     local_ffn_workspace_, out_.data());
-    AddOutToHidden(part);
+    part.out_waits = true;
+    // Experts add to the same rows, and Logits reads them.
+    if (config_.moe() || index + 1 == config_.num_layers) AddOutToHidden(part);
   }
   return absl::OkStatus();
 }
 
-kernels::QuantizedRows Model::CodesOf(const Part& part) {
-  return codes_.rows(part.begin + part.num_rows).Slice(part.begin, part.num_rows);
+// What the next block works on: codes of the part's rows, normed, and these as floats. What waits
+// in out_ is added first.
+kernels::QuantizedRows Model::NormHidden(const base::Array<float>& norm, float* normed,
+                                         Part& part) {
+  const kernels::QuantizedRows codes =
+      codes_.rows(part.begin + part.num_rows).Slice(part.begin, part.num_rows);
+  const bool adds = std::exchange(part.out_waits, false);
+  resources_.kernels->quantize({.x = HiddenOf(part),
+                                .weight = norm.data(),
+                                .normed = normed,
+                                .out = codes,
+                                .x_stride = config_.hidden,
+                                .eps = config_.norm_eps,
+                                .bits = config_.act_bits,
+                                .join = adds ? kernels::Join::kAdd : kernels::Join::kNothing,
+                                .y = out_.data(),
+                                .joined = HiddenOf(part)},
+                               *resources_.executor);
+  return codes;
 }
 
 void Model::RotateHeads(float* vectors, int num_heads, int64_t num_rows) {
@@ -397,8 +385,8 @@ void Model::RotateHeads(float* vectors, int num_heads, int64_t num_rows) {
                                *resources_.executor);
 }
 
-// out_ holds the part's rows.
-void Model::AddOutToHidden(const Part& part) {
+void Model::AddOutToHidden(Part& part) {
+  part.out_waits = false;
   resources_.kernels->weighted_sum({.terms = sum_terms_.data(),
                                     .begin = sum_begin_.data(),
                                     .out = HiddenOf(part),

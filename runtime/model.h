@@ -119,7 +119,8 @@ class Model {
     int64_t begin = 0;
     int64_t num_rows = 0;
     experts::MicroBatch* moe = nullptr;
-    int next_layer = 0;  // whose attention comes next
+    int next_layer = 0;      // whose attention comes next
+    bool out_waits = false;  // out_ holds what is still to be added to its rows of hidden_
   };
 
   bool UsesLocalExperts() const;
@@ -128,15 +129,14 @@ class Model {
   absl::Status RunRecorded(const Batch& batch);
   absl::Status Advance(const Batch& batch, Part& part);
   absl::Status RunExperts(const Batch& batch, int layer, Part& part, Part& other);
-  void AttentionBlock(const LayerWeights& layer, int index, const Part& part);
-  void ProjectHeads(const LayerWeights& layer, const Part& part);
-  void NormAndRope(float* vectors, int num_heads, const float* norm, const Part& part);
+  void AttentionBlock(const LayerWeights& layer, int index, Part& part);
+  void ProjectHeads(const LayerWeights& layer, Part& part);
   void AttendOverCache(int index, const Part& part);
-  absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch, const Part& part);
+  absl::Status FfnBlock(const LayerWeights& layer, int index, const Batch& batch, Part& part);
+  kernels::QuantizedRows NormHidden(const base::Array<float>& norm, float* normed, Part& part);
   void RotateHeads(float* vectors, int num_heads, int64_t num_rows);
-  void AddOutToHidden(const Part& part);
+  void AddOutToHidden(Part& part);
   float* HiddenOf(const Part& part) { return hidden_.data() + part.begin * config_.hidden; }
-  kernels::QuantizedRows CodesOf(const Part& part);
 
   const ModelConfig config_;
   const std::shared_ptr<const experts::Placement> placement_;

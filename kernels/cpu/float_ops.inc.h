@@ -18,7 +18,6 @@ constexpr Kernels kThisVariant = {
     .quantize = Quantize,
     .dense_matmul = DenseMatmul,
     .embed = Embed,
-    .glu = Glu,
     .rope = Rope,
     .hadamard = Hadamard,
     .kv_store = KvStore,

@@ -24,15 +24,49 @@ inline float InverseRms(const float* x, int64_t dim, float eps) {
   return 1.0f / Sqrt(Sum(squares) / static_cast<float>(dim) + eps);
 }
 
+// `out` may be x.
+inline void NormRow(const float* x, const float* weight, int64_t dim, float eps, float* out) {
+  const F32x16 scale = Set1(InverseRms(x, dim, eps));
+  ForEachVector(dim, [&](int64_t i, int64_t n) {
+    StoreN(LoadN(x + i, n) * scale * LoadN(weight + i, n), out + i, n);
+  });
+}
+
 void RmsNorm(const RmsNormArgs& args, Executor& executor) {
   ForEachRow(args.num_rows, args.dim, executor, [&](int64_t row) {
-    const float* x = args.x + row * args.x_stride;
-    float* out = args.out + row * args.out_stride;
-    const F32x16 scale = Set1(InverseRms(x, args.dim, args.eps));
-    ForEachVector(args.dim, [&](int64_t i, int64_t n) {
-      StoreN(LoadN(x + i, n) * scale * LoadN(args.weight + i, n), out + i, n);
-    });
+    NormRow(args.x + row * args.x_stride, args.weight, args.dim, args.eps,
+            args.out + row * args.out_stride);
   });
+}
+
+// NaN passes through both, so that a broken row shows.
+inline F32x16 Relu2(const F32x16& x) {
+  const F32x16 positive = Max(Zero(), x);
+  return positive * positive;
+}
+// 0 where x <= 0, even if y is NaN there. The smallest float is the first above 0.
+inline F32x16 Relu2Times(const F32x16& x, const F32x16& y) {
+  constexpr float kSmallest = 1.40129846e-45f;
+  return IfLess(x, Set1(kSmallest), Zero(), Relu2(x) * y);
+}
+inline F32x16 Silu(const F32x16& x) { return x / (Set1(1.0f) + Exp(Zero() - x)); }
+
+inline void JoinRow(Join join, const float* x, const float* y, int64_t dim, float* joined) {
+  const auto with = [&](auto op) {
+    ForEachVector(dim, [&](int64_t i, int64_t n) {
+      StoreN(op(LoadN(x + i, n), LoadN(y + i, n)), joined + i, n);
+    });
+  };
+  switch (join) {
+    case Join::kNothing:
+      return;
+    case Join::kAdd:
+      return with([](const F32x16& a, const F32x16& b) { return a + b; });
+    case Join::kSiluTimes:
+      return with([](const F32x16& a, const F32x16& b) { return Silu(a) * b; });
+    case Join::kRelu2Times:
+      return with([](const F32x16& a, const F32x16& b) { return Relu2Times(a, b); });
+  }
 }
 
 // A row as it is or normalized, computed anew by each pass: cheaper than storing it between passes.
@@ -135,7 +169,13 @@ void Quantize(const QuantizeArgs& args, Executor& executor) {
   static_assert(kMaxColumns * sizeof(float) <= base::kScratchBytesPerThread);
   const int64_t dim = args.out.dim;
   const auto quantize = [&](int64_t row, int thread) {
-    RowValues values = {args.x + row * args.x_stride, args.weight, Zero()};
+    const int64_t at = row * args.x_stride;
+    const float* x = args.x + at;
+    if (args.join != Join::kNothing) {
+      JoinRow(args.join, x, args.y + at, dim, args.joined + at);
+      x = args.joined + at;
+    }
+    RowValues values = {x, args.weight, Zero()};
     if (args.weight != nullptr) values.inverse_rms = Set1(InverseRms(values.x, dim, args.eps));
     float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;
     if (args.bits == 4) {
@@ -145,7 +185,7 @@ void Quantize(const QuantizeArgs& args, Executor& executor) {
       QuantizeRow8(values, args.out, row, normed, args.top_half ? scratch : nullptr);
     }
   };
-  const int64_t work = (args.top_half ? 20 : 2) * dim;
+  const int64_t work = (args.top_half ? 20 : args.join == Join::kNothing ? 2 : 6) * dim;
   executor.threads->ParallelFor(args.out.num_rows, MinUnits(work),
                                 [&](int64_t begin, int64_t end, int thread) {
                                   for (int64_t row = begin; row < end; ++row) quantize(row, thread);
@@ -208,51 +248,29 @@ void Embed(const EmbedArgs& args, Executor& executor) {
   });
 }
 
-// NaN passes through both, so that a broken row shows.
-inline F32x16 Relu2(const F32x16& x) {
-  const F32x16 positive = Max(Zero(), x);
-  return positive * positive;
-}
-// 0 where x <= 0, even if y is NaN there. The smallest float is the first above 0.
-inline F32x16 Relu2Times(const F32x16& x, const F32x16& y) {
-  constexpr float kSmallest = 1.40129846e-45f;
-  return IfLess(x, Set1(kSmallest), Zero(), Relu2(x) * y);
-}
-inline F32x16 Silu(const F32x16& x) { return x / (Set1(1.0f) + Exp(Zero() - x)); }
-
-void Glu(const GluArgs& args, Executor& executor) {
-  ForEachRow(args.num_rows, 4 * args.dim, executor, [&](int64_t row) {
-    const float* gate = args.gate + row * args.stride;
-    const float* up = args.up + row * args.stride;
-    float* out = args.out + row * args.stride;
-    if (args.activation == Activation::kSilu) {
-      ForEachVector(args.dim, [&](int64_t i, int64_t n) {
-        StoreN(Silu(LoadN(gate + i, n)) * LoadN(up + i, n), out + i, n);
-      });
-    } else {
-      ForEachVector(args.dim, [&](int64_t i, int64_t n) {
-        StoreN(Relu2Times(LoadN(gate + i, n), LoadN(up + i, n)), out + i, n);
-      });
-    }
-  });
+inline void RopeRow(const RopeHeads& heads, const RopeArgs& args, int64_t row) {
+  const int64_t half = args.head_dim / 2;
+  const float* cosines = args.cos_table + args.positions[row] * half;
+  const float* sines = args.sin_table + args.positions[row] * half;
+  for (int head = 0; head < heads.heads; ++head) {
+    float* x = heads.x + row * heads.stride + int64_t{head} * args.head_dim;
+    if (heads.norm != nullptr) NormRow(x, heads.norm, args.head_dim, args.eps, x);
+    ForEachVector(half, [&](int64_t i, int64_t n) {
+      const F32x16 a = LoadN(x + i, n);
+      const F32x16 b = LoadN(x + half + i, n);
+      const F32x16 cosine = LoadN(cosines + i, n);
+      const F32x16 sine = LoadN(sines + i, n);
+      StoreN(a * cosine - b * sine, x + i, n);
+      StoreN(b * cosine + a * sine, x + half + i, n);
+    });
+  }
 }
 
 void Rope(const RopeArgs& args, Executor& executor) {
-  const int64_t half = args.head_dim / 2;
-  ForEachRow(args.num_rows, int64_t{args.heads} * args.head_dim, executor, [&](int64_t row) {
-    const float* cosines = args.cos_table + args.positions[row] * half;
-    const float* sines = args.sin_table + args.positions[row] * half;
-    for (int head = 0; head < args.heads; ++head) {
-      float* x = args.x + row * args.stride + int64_t{head} * args.head_dim;
-      ForEachVector(half, [&](int64_t i, int64_t n) {
-        const F32x16 a = LoadN(x + i, n);
-        const F32x16 b = LoadN(x + half + i, n);
-        const F32x16 cosine = LoadN(cosines + i, n);
-        const F32x16 sine = LoadN(sines + i, n);
-        StoreN(a * cosine - b * sine, x + i, n);
-        StoreN(b * cosine + a * sine, x + half + i, n);
-      });
-    }
+  const int64_t heads = args.q.heads + args.k.heads;
+  ForEachRow(args.num_rows, heads * args.head_dim, executor, [&](int64_t row) {
+    RopeRow(args.q, args, row);
+    RopeRow(args.k, args, row);
   });
 }
 

@@ -99,11 +99,32 @@ __device__ inline void QuantizeRow4(const RowValues& values, const QuantizedRows
              [&](float v) { return RoundWithin(kSqrt7 * v / divisor, -8.0f, 7.0f); });
 }
 
+// NaN passes through both, so that a broken row shows.
+__device__ inline float Silu(float x) { return x / (1.0f + Exp(0.0f - x)); }
+// 0 where x <= 0, even if y is NaN there.
+__device__ inline float Relu2Times(float x, float y) {
+  constexpr float kSmallest = 1.40129846e-45f;
+  const float positive = Max(0.0f, x);
+  return x < kSmallest ? 0.0f : positive * positive * y;
+}
+
+__device__ inline float Joined(Join join, float x, float y) {
+  return join == Join::kAdd ? x + y : join == Join::kSiluTimes ? Silu(x) * y : Relu2Times(x, y);
+}
+
 __global__ void QuantizeKernel(QuantizeArgs args) {
   AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.out.dim;
-  RowValues values = {args.x + row * args.x_stride, args.weight, 0};
+  const float* x = args.x + row * args.x_stride;
+  if (args.join != Join::kNothing) {
+    const float* const y = args.y + row * args.x_stride;
+    float* const joined = args.joined + row * args.x_stride;
+    ForEach(dim, [&](int64_t i) { joined[i] = Joined(args.join, x[i], y[i]); });
+    __syncthreads();
+    x = joined;
+  }
+  RowValues values = {x, args.weight, 0};
   if (args.weight != nullptr) values.inverse_rms = InverseRms(values.x, dim, args.eps);
   float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;
   if (args.bits == 4) {
@@ -128,37 +149,22 @@ __global__ void EmbedKernel(EmbedArgs args) {
   }
 }
 
-// NaN passes through both, so that a broken row shows.
-__device__ inline float Silu(float x) { return x / (1.0f + Exp(0.0f - x)); }
-// 0 where x <= 0, even if y is NaN there.
-__device__ inline float Relu2Times(float x, float y) {
-  constexpr float kSmallest = 1.40129846e-45f;
-  const float positive = Max(0.0f, x);
-  return x < kSmallest ? 0.0f : positive * positive * y;
-}
-
-__global__ void GluKernel(GluArgs args) {
-  AwaitOpsBefore();
-  const int64_t row = blockIdx.x;
-  const int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-  if (i >= args.dim) return;
-  const int64_t at = row * args.stride + i;
-  const float gate = args.gate[at], up = args.up[at];
-  args.out[at] = args.activation == Activation::kSilu ? Silu(gate) * up : Relu2Times(gate, up);
-}
-
+// A block per row and head.
 __global__ void RopeKernel(RopeArgs args) {
   AwaitOpsBefore();
-  const int64_t row = blockIdx.x;
-  const int64_t half = args.head_dim / 2;
-  const int64_t table = args.positions[row] * half;
-  ForEach(args.heads * half, [&](int64_t j) {
-    const int64_t i = j % half;
-    float* x = args.x + row * args.stride + j / half * args.head_dim + i;
-    const float a = x[0], b = x[half];
+  const int head = static_cast<int>(blockIdx.y);
+  const bool is_q = head < args.q.heads;
+  const RopeHeads heads = is_q ? args.q : args.k;
+  const int64_t row = blockIdx.x, half = args.head_dim / 2, table = args.positions[row] * half;
+  float* x =
+      heads.x + row * heads.stride + int64_t{is_q ? head : head - args.q.heads} * args.head_dim;
+  RowValues values = {x, heads.norm, 0};
+  if (heads.norm != nullptr) values.inverse_rms = InverseRms(x, args.head_dim, args.eps);
+  ForEach(half, [&](int64_t i) {
+    const float a = values(i), b = values(half + i);
     const float cosine = args.cos_table[table + i], sine = args.sin_table[table + i];
-    x[0] = a * cosine - b * sine;
-    x[half] = b * cosine + a * sine;
+    x[i] = a * cosine - b * sine;
+    x[half + i] = b * cosine + a * sine;
   });
 }
 
@@ -233,21 +239,18 @@ void RmsNorm(const RmsNormArgs& args, Executor& executor) {
 }
 
 void Quantize(const QuantizeArgs& args, Executor& executor) {
-  Launch(QuantizeKernel, Blocks(args.out.num_rows), ThreadsFor(args.out.dim), executor, args);
+  constexpr int kMostThreads = 512;  // decoding has few rows, which are long
+  Launch(QuantizeKernel, Blocks(args.out.num_rows), ThreadsFor(args.out.dim, kMostThreads),
+         executor, args);
 }
 
 void Embed(const EmbedArgs& args, Executor& executor) {
   Launch(EmbedKernel, Blocks(args.num_rows), ThreadsFor(args.table.columns), executor, args);
 }
 
-void Glu(const GluArgs& args, Executor& executor) {
-  const int threads = ThreadsFor(args.dim);
-  Launch(GluKernel, Grid(args.num_rows, args.dim, threads), threads, executor, args);
-}
-
 void Rope(const RopeArgs& args, Executor& executor) {
-  const int threads = ThreadsFor(int64_t{args.heads} * args.head_dim / 2);
-  Launch(RopeKernel, Blocks(args.num_rows), threads, executor, args);
+  const dim3 grid(Blocks(args.num_rows), Blocks(args.q.heads + args.k.heads));
+  Launch(RopeKernel, grid, ThreadsFor(args.head_dim / 2), executor, args);
 }
 
 void Hadamard(const HadamardArgs& args, Executor& executor) {

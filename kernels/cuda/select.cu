@@ -51,7 +51,6 @@ constexpr Kernels kTable = {
     .ternary_matmul = cuda::TernaryMatmul,
     .dense_matmul = cuda::DenseMatmul,
     .embed = cuda::Embed,
-    .glu = cuda::Glu,
     .rope = cuda::Rope,
     .hadamard = cuda::Hadamard,
     .kv_store = cuda::KvStore,

@@ -113,16 +113,17 @@ __global__ void __launch_bounds__(kMatmulThreads, 2)
   if (has_panel) PanelTimesGroup<Weights>(x, group, blockIdx.x);
 }
 
-// A block per panel and expert.
+// A block per panel, expert and matrix.
 template <typename Weights>
 __global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMatmulArgs args) {
   AwaitOpsBefore();
   const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
   if (begin == end) return;
-  const TernaryGroup group = {.weights = args.weights[blockIdx.y],
+  const ExpertMatrices& of = args.matrices[blockIdx.z];
+  const TernaryGroup group = {.weights = of.weights[blockIdx.y],
                               .row_begin = begin,
                               .num_rows = end - begin,
-                              .y = args.y + begin * args.rows,
+                              .y = of.y + begin * args.rows,
                               .y_stride = args.rows};
   PanelTimesGroup<Weights>(args.x, group, blockIdx.x);
 }
@@ -159,12 +160,12 @@ void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor) {
   const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
   if (args.x.num_rows == 0) return;
   if (args.x.num_rows < kManyRowsOfExpert * args.num_experts) {
-    const dim3 grid(Blocks(panels), Blocks(args.num_experts));
+    const dim3 grid(Blocks(panels), Blocks(args.num_experts), Blocks(args.num_matrices));
     return WithWeights(args.layout, [&](auto weights) {
       Launch(ExpertMatmulKernel<decltype(weights)>, grid, kMatmulThreads, executor, args);
     });
   }
-  const int64_t tiles = base::CeilDiv(panels, kTilePanels) *
+  const int64_t tiles = base::CeilDiv(panels, kTilePanels) * args.num_matrices *
                         NumTileSlots(args.x.num_rows, args.num_experts, kMaxTileRows);
   ExpertTiles(args, TileRowsFor(tiles), executor);
 }

@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   PanelsTimesRows<Weights>(x, group, first, left < tile_rows ? left : tile_rows);
 }
 
-// A block per panels and slot.
+// A block per panels, slot and matrix.
 template <typename Weights>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     ExpertTilesKernel(ExpertMatmulArgs args, int tile_rows) {
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   const RowTile tile =
       TileOfSlot(static_cast<int32_t>(blockIdx.y), args.begin, args.num_experts, tile_rows);
   if (tile.num_rows == 0) return;
-  const TernaryGroup all = {
-      .weights = args.weights[tile.expert], .y = args.y, .y_stride = args.rows};
+  const ExpertMatrices& of = args.matrices[blockIdx.z];
+  const TernaryGroup all = {.weights = of.weights[tile.expert], .y = of.y, .y_stride = args.rows};
   PanelsTimesRows<Weights>(args.x, all, tile.first, tile.num_rows);
 }
 
@@ -286,7 +286,8 @@ void TernaryTiles(const QuantizedRows& x, const TernaryGroups& groups, int tile_
 void ExpertTiles(const ExpertMatmulArgs& args, int tile_rows, Executor& executor) {
   const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
   const dim3 grid(Blocks(base::CeilDiv(panels, kTilePanels)),
-                  Blocks(NumTileSlots(args.x.num_rows, args.num_experts, tile_rows)));
+                  Blocks(NumTileSlots(args.x.num_rows, args.num_experts, tile_rows)),
+                  Blocks(args.num_matrices));
   WithWeights(args.layout, [&](auto weights) {
     Launch(ExpertTilesKernel<decltype(weights)>, grid, kTileThreads, executor, args, tile_rows);
   });

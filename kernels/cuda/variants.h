@@ -9,7 +9,6 @@ namespace ternion::kernels::cuda {
 void RmsNorm(const RmsNormArgs& args, Executor& executor);
 void Quantize(const QuantizeArgs& args, Executor& executor);
 void Embed(const EmbedArgs& args, Executor& executor);
-void Glu(const GluArgs& args, Executor& executor);
 void Rope(const RopeArgs& args, Executor& executor);
 void Hadamard(const HadamardArgs& args, Executor& executor);
 void GatherRows(const GatherRowsArgs& args, Executor& executor);

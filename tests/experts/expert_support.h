@@ -58,20 +58,15 @@ inline std::vector<float> RunExpertAlone(const kernels::Kernels& kernels,
   kernels.gather_rows({.rows = &codes, .scales = &scale, .out = input.rows(1)}, executor);
   std::vector<float> gate = multiply(input.rows(1), weights.gate.view);
   const std::vector<float> up = multiply(input.rows(1), weights.up.view);
-  kernels.glu({.gate = gate.data(),
-               .up = up.data(),
-               .out = gate.data(),
-               .num_rows = 1,
-               .dim = config.intermediate,
-               .stride = config.intermediate,
-               .activation = config.activation},
-              executor);
   kernels::QuantizedBuffer inner(1, config.intermediate);
   kernels.quantize({.x = gate.data(),
                     .weight = config.sub_norm,
                     .out = inner.rows(1),
                     .x_stride = config.intermediate,
-                    .eps = config.eps},
+                    .eps = config.eps,
+                    .join = kernels::JoinOf(config.activation),
+                    .y = up.data(),
+                    .joined = gate.data()},
                    executor);
   return multiply(inner.rows(1), weights.down.view);
 }

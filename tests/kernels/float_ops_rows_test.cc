@@ -380,13 +380,34 @@ TEST(Embed, WidensRows) {
   }
 }
 
-double GluReference(double gate, double up, Activation activation) {
-  if (activation == Activation::kSilu) return gate / (1.0 + std::exp(-gate)) * up;
-  return gate > 0 ? gate * gate * up : 0.0;
+double JoinReference(double x, double y, Join join) {
+  if (join == Join::kAdd) return x + y;
+  if (join == Join::kSiluTimes) return x / (1.0 + std::exp(-x)) * y;
+  return x > 0 ? x * x * y : 0.0;
 }
 
-TEST(Glu, MatchesFormula) {
-  for (const Activation activation : {Activation::kSilu, Activation::kRelu2}) {
+// x [rows, stride] joined with y, as quantize leaves it.
+std::vector<float> Joined(const Kernels& kernels, Executor& executor, std::vector<float> x,
+                          const std::vector<float>& y, int64_t rows, int64_t dim, int64_t stride,
+                          Join join) {
+  QuantizedBuffer codes(rows, dim);
+  kernels.quantize({.x = x.data(),
+                    .out = codes.rows(rows),
+                    .x_stride = stride,
+                    .join = join,
+                    .y = y.data(),
+                    .joined = x.data()},
+                   executor);
+  return x;
+}
+std::vector<float> JoinedRow(const Kernels& kernels, Executor& executor,
+                             const std::vector<float>& x, const std::vector<float>& y, Join join) {
+  const int64_t dim = static_cast<int64_t>(x.size());
+  return Joined(kernels, executor, x, y, 1, dim, dim, join);
+}
+
+TEST(Join, MatchesFormula) {
+  for (const Join join : {Join::kAdd, Join::kSiluTimes, Join::kRelu2Times}) {
     for (const Shape& shape : kShapes) {
       const int64_t stride = shape.dim + 3;
       std::vector<float> gate = RandomFloats(shape.rows * stride, 18, 8.0f);
@@ -394,15 +415,11 @@ TEST(Glu, MatchesFormula) {
       const std::vector<float> up = RandomFloats(gate.size(), 19);
       const std::vector<float> out =
           OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
-            std::vector<float> result = gate;  // in place
-            kernels.glu({result.data(), up.data(), result.data(), shape.rows, shape.dim, stride,
-                         activation},
-                        executor);
-            return result;
+            return Joined(kernels, executor, gate, up, shape.rows, shape.dim, stride, join);
           });
       for (size_t i = 0; i < out.size(); ++i) {
         const bool inside = static_cast<int64_t>(i) % stride < shape.dim;
-        const double want = inside ? GluReference(gate[i], up[i], activation) : gate[i];
+        const double want = inside ? JoinReference(gate[i], up[i], join) : gate[i];
         ASSERT_NEAR(out[i], want, 1e-6 * (1e-30 + std::abs(want))) << gate[i];
       }
     }
@@ -410,32 +427,27 @@ TEST(Glu, MatchesFormula) {
 }
 
 // silu(x) = x / (1 + e^-x) tells e^-x: its error is measured over the whole range of exponents.
-TEST(Glu, ExponentialIsAccurate) {
+TEST(Join, ExponentialIsAccurate) {
   std::vector<float> gate;
   for (float x = -87.0f; x < 100.0f; x += 0.0137f) gate.push_back(x);
   const std::vector<float> up(gate.size(), 1.0f);
-  std::vector<float> out(gate.size());
   Executor executor = {&Threads(1)};
-  const int64_t dim = static_cast<int64_t>(gate.size());
-  Fastest().glu({gate.data(), up.data(), out.data(), 1, dim, dim, Activation::kSilu}, executor);
+  const std::vector<float> out = JoinedRow(Fastest(), executor, gate, up, Join::kSiluTimes);
   double worst = 0;
   for (size_t i = 0; i < gate.size(); ++i) {
-    const double want = GluReference(gate[i], 1.0, Activation::kSilu);
+    const double want = JoinReference(gate[i], 1.0, Join::kSiluTimes);
     worst = std::max(worst, std::abs(out[i] - want) / std::abs(want));
   }
   EXPECT_LT(worst, 2.5e-7);  // 2^-23 = 1.2e-7: two units with those of the sum and the quotient
 }
 
 // up is not looked at where the gate is not above 0.
-TEST(Glu, Relu2IsPlusZeroWhateverUpHolds) {
+TEST(Join, Relu2IsPlusZeroWhateverUpHolds) {
   const std::vector<float> gate = {-1.0f, -0.0f, 0.0f, -kInfinity, -1e-45f, 1e-45f, 2.0f};
   for (const float up_value : {kNan, kInfinity, -kInfinity, -3.0f}) {
     const std::vector<float> up(gate.size(), up_value);
     const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
-      std::vector<float> result(gate.size());
-      const int64_t dim = static_cast<int64_t>(gate.size());
-      kernels.glu({gate.data(), up.data(), result.data(), 1, dim, dim, Activation::kRelu2},
-                  executor);
+      std::vector<float> result = JoinedRow(kernels, executor, gate, up, Join::kRelu2Times);
       for (int i = 0; i < 5; ++i) EXPECT_EQ(std::bit_cast<uint32_t>(result[i]), 0u) << i;
       for (float& value : result) value = std::isnan(value) ? kNan : value;  // of any sign
       return result;
@@ -446,14 +458,12 @@ TEST(Glu, Relu2IsPlusZeroWhateverUpHolds) {
   }
 }
 
-TEST(Glu, NanShows) {
+TEST(Join, NanShows) {
   const std::vector<float> gate = {kNan, 1.0f}, up = {1.0f, 1.0f};
-  for (const Activation activation : {Activation::kSilu, Activation::kRelu2}) {
+  for (const Join join : {Join::kAdd, Join::kSiluTimes, Join::kRelu2Times}) {
     for (const char* isa : AvailableIsas()) {
-      std::vector<float> out(2);
       Executor executor = {&Threads(1)};
-      SelectCpuKernels(isa)->glu({gate.data(), up.data(), out.data(), 1, 2, 2, activation},
-                                 executor);
+      const std::vector<float> out = JoinedRow(*SelectCpuKernels(isa), executor, gate, up, join);
       EXPECT_TRUE(std::isnan(out[0]));
       EXPECT_FALSE(std::isnan(out[1]));
     }
@@ -462,7 +472,7 @@ TEST(Glu, NanShows) {
 
 TEST(Rope, MatchesFormula) {
   for (const int head_dim : {2, 20, 32, 72, 128}) {
-    const int heads = 3, max_positions = 50;
+    const int heads = 3, kv_heads = 2, max_positions = 50;
     const int64_t rows = 60, stride = heads * head_dim + 5, half = head_dim / 2;
     std::vector<float> cosines, sines;
     for (int p = 0; p < max_positions; ++p) {
@@ -473,27 +483,68 @@ TEST(Rope, MatchesFormula) {
       }
     }
     const std::vector<float> x = RandomFloats(rows * stride, 20);
+    const std::vector<float> keys = RandomFloats(rows * stride, 21);
+    const std::vector<float> norm = RandomFloats(head_dim, 22);
     std::vector<int32_t> positions;
     for (int r = 0; r < rows; ++r) positions.push_back(r * 17 % max_positions);
-    const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+    const auto rope = [&](const Kernels& kernels, Executor& executor, const float* k_norm) {
       std::vector<float> result = x;
-      kernels.rope({result.data(), positions.data(), cosines.data(), sines.data(), rows, stride,
-                    heads, head_dim},
+      result.insert(result.end(), keys.begin(), keys.end());
+      kernels.rope({.q = {result.data(), nullptr, stride, heads},
+                    .k = {result.data() + x.size(), k_norm, stride, kv_heads},
+                    .positions = positions.data(),
+                    .cos_table = cosines.data(),
+                    .sin_table = sines.data(),
+                    .num_rows = rows,
+                    .head_dim = head_dim,
+                    .eps = 1e-3f},
                    executor);
       return result;
+    };
+    const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+      return rope(kernels, executor, nullptr);
     });
     std::vector<double> expected(x.begin(), x.end());
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int h = 0; h < heads; ++h) {
+    expected.insert(expected.end(), keys.begin(), keys.end());
+    const auto turn = [&](double* heads_of_row, int count, int32_t position) {
+      for (int h = 0; h < count; ++h) {
         for (int d = 0; d < half; ++d) {
-          const double angle = positions[r] * std::pow(10000.0, -2.0 * d / head_dim);
-          const int64_t at = r * stride + h * head_dim + d;
-          expected[at] = x[at] * std::cos(angle) - x[at + half] * std::sin(angle);
-          expected[at + half] = x[at + half] * std::cos(angle) + x[at] * std::sin(angle);
+          const double angle = position * std::pow(10000.0, -2.0 * d / head_dim);
+          double& a = heads_of_row[h * head_dim + d];
+          double& b = heads_of_row[h * head_dim + d + half];
+          const double turned = a * std::cos(angle) - b * std::sin(angle);
+          b = b * std::cos(angle) + a * std::sin(angle);
+          a = turned;
         }
       }
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      turn(&expected[r * stride], heads, positions[r]);
+      turn(&expected[(rows + r) * stride], kv_heads, positions[r]);
     }
     ExpectNear(out, expected, 1e-6);
+    // With a norm, the bits of rms_norm first.
+    const std::vector<float> normed =
+        OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
+          return rope(kernels, executor, norm.data());
+        });
+    Executor executor = {&Threads(1)};
+    std::vector<float> by_hand = keys;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = &by_hand[r * stride];
+      Fastest().rms_norm({row, norm.data(), row, kv_heads, head_dim, head_dim, head_dim, 1e-3f},
+                         executor);
+    }
+    Fastest().rope({.k = {by_hand.data(), nullptr, stride, kv_heads},
+                    .positions = positions.data(),
+                    .cos_table = cosines.data(),
+                    .sin_table = sines.data(),
+                    .num_rows = rows,
+                    .head_dim = head_dim},
+                   executor);
+    const std::vector<float> keys_out(normed.begin() + static_cast<int64_t>(x.size()),
+                                      normed.end());
+    ExpectSameBits(keys_out, by_hand);
   }
 }
 

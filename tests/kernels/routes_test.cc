@@ -116,10 +116,22 @@ TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
       of_experts[e].scale = by_hand[e].scale;
     }
     std::vector<float> y(num_routes() * outputs, -1);
-    cuda_->expert_matmul({of_routes, of_experts.data(), grouped.begin.data(), y.data(), outputs,
-                          shape.num_experts, of_experts[0].layout},
-                         executor_);
+    const std::vector<TernaryMatrix> first_twice(shape.num_experts, of_experts[0]);
+    std::vector<float> other(y.size(), -1), first_only(y.size(), -1);
+    cuda_->expert_matmul(
+        {.x = of_routes,
+         .matrices = {{of_experts.data(), y.data()}, {first_twice.data(), other.data()}},
+         .num_matrices = 2,
+         .begin = grouped.begin.data(),
+         .rows = outputs,
+         .num_experts = shape.num_experts,
+         .layout = of_experts[0].layout},
+        executor_);
     ExpectSameBits(y, expected);
+    const TernaryGroup all[] = {
+        {panels[0].view, 0, num_routes(), first_only.data(), outputs, nullptr}};
+    Fastest().ternary_matmul({of_routes, all}, alone);
+    ExpectSameBits(other, first_only);
   }
 }
 

@@ -24,7 +24,6 @@ TEST(Select, EveryAvailableNameHasAFullTable) {
     EXPECT_NE(kernels->ternary_matmul, nullptr);
     EXPECT_NE(kernels->dense_matmul, nullptr);
     EXPECT_NE(kernels->embed, nullptr);
-    EXPECT_NE(kernels->glu, nullptr);
     EXPECT_NE(kernels->rope, nullptr);
     EXPECT_NE(kernels->hadamard, nullptr);
     EXPECT_NE(kernels->kv_store, nullptr);

@@ -176,9 +176,13 @@ TEST_P(TernaryTiles, Experts) {
   }
   Executor alone = {&Threads(1)};
   Fastest().ternary_matmul({x, groups}, alone);
-  cuda::ExpertTiles(
-      {x, of_experts.data(), begin.data(), y.data(), outputs, num_experts, GetParam().layout},
-      GetParam().tile_rows, executor_);
+  cuda::ExpertTiles({.x = x,
+                     .matrices = {{of_experts.data(), y.data()}},
+                     .begin = begin.data(),
+                     .rows = outputs,
+                     .num_experts = num_experts,
+                     .layout = GetParam().layout},
+                    GetParam().tile_rows, executor_);
   ExpectSameBits(y, expected);
 }
 
