@@ -23,7 +23,7 @@ struct Softmax {
 };
 
 template <int kElements>
-__device__ inline void Join(const Softmax<kElements>& page, Softmax<kElements>& all) {
+__device__ inline void JoinPage(const Softmax<kElements>& page, Softmax<kElements>& all) {
   const float joined = Max(page.largest, all.largest);
   const float before = Exp(all.largest - joined), now = Exp(page.largest - joined);
   all.largest = joined;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs 
         if constexpr (kSplit) {
           all[h] = page[h];
         } else {
-          Join(page[h], all[h]);
+          JoinPage(page[h], all[h]);
         }
       }
     }
@@ -315,7 +315,7 @@ __global__ void JoinPagesKernel(AttentionArgs args, Parts parts) {
 #pragma unroll 4
     for (int p = 0; p < pages; ++p) {
       const float* part = PartOf(args, parts, row, head, p);
-      Join({part[0], part[1], {part[2 + d]}}, all);
+      JoinPage({part[0], part[1], {part[2 + d]}}, all);
     }
     out[d] = all.out[0] / all.sum;
   });

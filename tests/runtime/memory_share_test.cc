@@ -8,17 +8,17 @@ namespace {
 
 constexpr int64_t kGB = 1'000'000'000;
 
-TEST(MemoryShare, WeightsLeaveRoomForTheCacheAndASixteenth) {
-  EXPECT_EQ(RoomForWeights(16 * kGB, 3 * kGB), 12 * kGB);
-  EXPECT_EQ(RoomForWeights(16 * kGB, 0), 14 * kGB);
-  EXPECT_LT(RoomForWeights(16 * kGB, 16 * kGB), 0);
+TEST(MemoryShare, WeightsLeaveRoomForTheCacheAndALittle) {
+  EXPECT_EQ(RoomForWeights(64 * kGB, 3 * kGB), 60 * kGB);
+  EXPECT_EQ(RoomForWeights(64 * kGB, 0), 59 * kGB);
+  EXPECT_LT(RoomForWeights(64 * kGB, 64 * kGB), 0);
 }
 
 TEST(MemoryShare, ACacheOfNoGivenSizeTakesAQuarterOrWhatIsLeft) {
-  EXPECT_EQ(DefaultKvBytes(16 * kGB, 1 * kGB), 4 * kGB);
-  EXPECT_EQ(DefaultKvBytes(16 * kGB, 11 * kGB), 4 * kGB);
-  EXPECT_EQ(DefaultKvBytes(16 * kGB, 12 * kGB), 3 * kGB);
-  EXPECT_EQ(DefaultKvBytes(16 * kGB, 20 * kGB), 0);
+  EXPECT_EQ(DefaultKvBytes(64 * kGB, 1 * kGB), 16 * kGB);
+  EXPECT_EQ(DefaultKvBytes(64 * kGB, 47 * kGB), 16 * kGB);
+  EXPECT_EQ(DefaultKvBytes(64 * kGB, 50 * kGB), 13 * kGB);
+  EXPECT_EQ(DefaultKvBytes(64 * kGB, 80 * kGB), 0);
 }
 
 }  // namespace
