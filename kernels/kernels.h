@@ -344,6 +344,24 @@ struct SumRoutesArgs {
   bool presum = true;
 };
 
+// The next token of each row (kernels/sampling.h). Greedy takes the largest logit, the lower id of
+// equal ones; NaN counts as -infinity. Otherwise the top_k largest are kept, of these the fewest
+// whose weight is top_p of theirs, and one of them is drawn by `random`. A row's token depends on
+// its own logits and params alone.
+struct SampleParams {
+  float temperature = 0;  // not above 0: greedy
+  int32_t top_k = 0;      // 0: all
+  float top_p = 1;
+  uint64_t random = 0;  // 64 random bits
+};
+struct SampleArgs {
+  const float* logits = nullptr;         // [num_rows, vocab], vocab <= kMaxVocab
+  const SampleParams* params = nullptr;  // [num_rows]
+  int32_t* tokens = nullptr;             // [num_rows]
+  int64_t num_rows = 0;
+  int64_t vocab = 0;
+};
+
 // out[i] = 0.
 struct ZeroArgs {
   float* out = nullptr;  // [count]
@@ -387,6 +405,7 @@ struct Kernels {
   void (*add_rows)(const AddRowsArgs&, Executor&) = nullptr;
   void (*pack_codes)(const PackCodesArgs&, Executor&) = nullptr;
   void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
+  void (*sample)(const SampleArgs&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
   void (*zero)(const ZeroArgs&, Executor&) = nullptr;
   void (*copy)(const CopyArgs&, Executor&) = nullptr;

@@ -109,7 +109,7 @@ absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags) {
   return wire;
 }
 
-absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) {
+absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world, bool hash_logits) {
   const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<runtime::WireOptions> wire = ResolveWire(flags);
   absl::Status usable = CheckPlacement(flags);
@@ -124,6 +124,7 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world) 
   options.kv_tokens = flags.kv_tokens;
   options.hierarchical = flags.exchange == "hierarchical";
   options.micro_batches = flags.micro_batches == "auto" ? 0 : std::stoi(flags.micro_batches);
+  options.hash_logits = hash_logits;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;
   TERNION_ASSIGN_OR_RETURN(loaded.engine, runtime::Engine::Create(options, world.resources(),

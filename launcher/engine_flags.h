@@ -41,7 +41,8 @@ struct LoadedEngine {
 };
 
 // Collective. Shows a progress bar on rank 0.
-absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world);
+absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world,
+                                        bool hash_logits = false);
 
 // The wire as flags say: dispatch "auto" is left to the model. InvalidArgument for contradictions.
 absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags);

@@ -322,7 +322,8 @@ absl::Status Run(const RunOptions& options, World& world) {
   absl::StatusOr<std::vector<std::string>> prompts;
   prompts = world.is_root() ? ReadPrompts(options) : std::vector<std::string>();
   TERNION_RETURN_IF_ERROR(comm::BroadcastStatus(world.transport(), prompts.status()));
-  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
+  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world,
+                                                           /*hash_logits=*/!options.json.empty()));
   std::unique_ptr<runtime::Tokenizer> tokenizer;
   std::unique_ptr<Session> session;
   absl::Status ready;

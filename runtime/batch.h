@@ -54,7 +54,7 @@ struct StepPlan {
 struct ChunkResult {
   SequenceId sequence{};
   int32_t token = -1;        // sampled, or -1
-  uint64_t logits_hash = 0;  // over all sampled steps' logits of the sequence so far
+  uint64_t logits_hash = 0;  // over the logits of the sequence's rows so far, if wanted
   double nll = 0;            // sum over targets, nats
 };
 

@@ -7,6 +7,7 @@
 
 #include "base/file.h"
 #include "base/status.h"
+#include "kernels/sampling.h"
 #include "runtime/strict_json.h"
 
 namespace ternion::runtime {
@@ -16,7 +17,6 @@ using Json = nlohmann::json;
 
 // Larger than any model; small enough that products of a few stay far below 2^63.
 constexpr int64_t kMaxDimension = int64_t{1} << 20;
-constexpr int64_t kMaxVocab = int64_t{1} << 22;
 
 absl::StatusOr<Json> ParseObject(const std::string& text, const char* file) {
   absl::StatusOr<Json> json = ParseJson(text);
@@ -139,7 +139,8 @@ void ReadTokenIds(const Json& json, const char* key, Reader& reader, std::vector
   if (!json.contains(key) || json[key].is_null()) return;
   const Json list = json[key].is_array() ? json[key] : Json::array({json[key]});
   for (const Json& id : list) {
-    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= kMaxVocab) {
+    if (!id.is_number_integer() || id.get<int64_t>() < 0 ||
+        id.get<int64_t>() >= kernels::kMaxVocab) {
       return reader.Fail(key, absl::StrCat("holds ", id.dump(), ", which is not a token id"));
     }
     const int32_t value = id.get<int32_t>();
@@ -225,7 +226,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
         absl::StrCat("config.json: model_type \"", config.model_type,
                      "\" is not supported (bitnet, bitnet_moe, qwen3_moe are)"));
   }
-  config.vocab_size = reader.Int("vocab_size", 1, kMaxVocab);
+  config.vocab_size = reader.Int("vocab_size", 1, kernels::kMaxVocab);
   config.hidden = reader.Int("hidden_size", 1, kernels::kMaxColumns);
   config.num_layers = static_cast<int>(reader.Int("num_hidden_layers", 1, 4096));
   ReadAttention(reader, config);

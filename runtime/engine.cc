@@ -1,6 +1,7 @@
 #include "runtime/engine.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <new>
 #include <utility>
@@ -86,8 +87,7 @@ Engine::Engine(ModelConfig config, const RankResources& resources, const EngineO
     : config_(std::move(config)),
       resources_(resources),
       options_(options),
-      wire_(ResolveWire(config_, options.wire)),
-      logits_(Model::kMaxLogitRows * config_.vocab_size, *resources.executor->staging) {}
+      wire_(ResolveWire(config_, options.wire)) {}
 
 // An empty cache, and a scheduler that knows of no sequence.
 void Engine::MakeCache(kernels::KvFormat kv, int64_t kv_tokens) {
@@ -314,38 +314,62 @@ absl::StatusOr<std::vector<ChunkResult>> Engine::Execute(const StepPlan& plan) {
   return results;
 }
 
-// Logits of logit_rows_, many rows at a time so that the head is read once for all of them.
+// Logits of logit_rows_, many rows at a time so that the head is read once for all of them, and
+// what is wanted of them.
 absl::Status Engine::RunHead(std::vector<ChunkResult>& results) {
   const std::span<const LogitRow> all(logit_rows_);
-  int32_t rows[Model::kMaxLogitRows];
   for (size_t begin = 0; begin < all.size(); begin += Model::kMaxLogitRows) {
     const auto group =
         all.subspan(begin, std::min<size_t>(Model::kMaxLogitRows, all.size() - begin));
+    std::array<int32_t, Model::kMaxLogitRows> rows;
     for (size_t i = 0; i < group.size(); ++i) rows[i] = group[i].batch_row;
-    TERNION_RETURN_IF_ERROR(model_->Logits({rows, group.size()}, logits_.data()));
+    model_->Head({rows.data(), group.size()});
+    TERNION_RETURN_IF_ERROR(SampleRows(group, results));
+    const auto is_read = [&](const LogitRow& row) {
+      return options_.hash_logits || !row.chunk->sample;
+    };
+    if (std::none_of(group.begin(), group.end(), is_read)) continue;
+    TERNION_ASSIGN_OR_RETURN(const std::span<const float> logits, model_->Logits());
     for (size_t i = 0; i < group.size(); ++i) {
-      TakeLogits(group[i], logits_.span().subspan(i * config_.vocab_size, config_.vocab_size),
+      TakeLogits(group[i], logits.subspan(i * config_.vocab_size, config_.vocab_size),
                  results[group[i].result]);
     }
   }
   return absl::OkStatus();
 }
 
+absl::Status Engine::SampleRows(std::span<const LogitRow> group,
+                                std::vector<ChunkResult>& results) {
+  std::array<kernels::SampleParams, Model::kMaxLogitRows> params;  // greedy for rows to be scored
+  bool samples = false;
+  for (size_t i = 0; i < group.size(); ++i) {
+    const Chunk& chunk = *group[i].chunk;
+    if (!chunk.sample) continue;
+    samples = true;
+    params[i] = ParamsAt(sequences_.at(chunk.sequence).sampling, chunk.position + group[i].index);
+  }
+  if (!samples) return absl::OkStatus();
+  TERNION_ASSIGN_OR_RETURN(const std::span<const int32_t> tokens,
+                           model_->Sample({params.data(), group.size()}));
+  for (size_t i = 0; i < group.size(); ++i) {
+    if (group[i].chunk->sample) results[group[i].result].token = tokens[i];
+  }
+  return absl::OkStatus();
+}
+
 void Engine::TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result) {
   const Chunk& chunk = *row.chunk;
-  LocalSequence& sequence = sequences_.at(chunk.sequence);
-  sequence.logits_hash =
-      XXH3_64bits_withSeed(logits.data(), logits.size_bytes(), sequence.logits_hash);
-  result.logits_hash = sequence.logits_hash;
-  const int32_t position = chunk.position + row.index;
-  if (chunk.sample) {
-    result.token = SampleToken(logits, sequence.sampling, position);
-    return;
+  if (options_.hash_logits) {
+    LocalSequence& sequence = sequences_.at(chunk.sequence);
+    sequence.logits_hash =
+        XXH3_64bits_withSeed(logits.data(), logits.size_bytes(), sequence.logits_hash);
+    result.logits_hash = sequence.logits_hash;
   }
+  if (chunk.sample) return;
   if (chunk.targets[row.index] != kNoTarget) {
     result.nll += NegativeLogLikelihood(logits, chunk.targets[row.index]);
   }
-  if (logits_sink_) logits_sink_(chunk.sequence, position, logits);
+  if (logits_sink_) logits_sink_(chunk.sequence, chunk.position + row.index, logits);
 }
 
 }  // namespace ternion::runtime

@@ -32,9 +32,10 @@ struct EngineOptions {
   std::optional<kernels::KvFormat> kv = std::nullopt;  // none: the model's own (kv_bits)
   int64_t max_rows = 512;                              // of one rank in one step
   bool hierarchical = false;                           // ModelOptions::hierarchical
-  int micro_batches = 0;  // Batch::micro_batches; 0: chosen step by step
-  int64_t kv_tokens = 0;  // capacity of one rank's KV cache; 0: DefaultKvBytes
-                          // share, at most kMaxDefaultKvTokens
+  int micro_batches = 0;     // Batch::micro_batches; 0: chosen step by step
+  int64_t kv_tokens = 0;     // capacity of one rank's KV cache; 0: DefaultKvBytes
+                             // share, at most kMaxDefaultKvTokens
+  bool hash_logits = false;  // SequenceEvent::logits_hash; else 0
 };
 inline constexpr int64_t kMaxDefaultKvTokens = 1 << 18;
 
@@ -121,6 +122,7 @@ class Engine {
   absl::StatusOr<std::vector<ChunkResult>> ExecuteEverywhere(const StepPlan& plan);
   absl::Status Prepare(const StepPlan& plan);
   absl::StatusOr<std::vector<ChunkResult>> Execute(const StepPlan& plan);
+  absl::Status SampleRows(std::span<const LogitRow> group, std::vector<ChunkResult>& results);
   absl::Status RunHead(std::vector<ChunkResult>& results);
   void TakeLogits(const LogitRow& row, std::span<const float> logits, ChunkResult& result);
 
@@ -138,7 +140,6 @@ class Engine {
   Batch batch_;
   std::vector<SequenceId> row_sequences_;  // of the batch's rows
   std::vector<LogitRow> logit_rows_;
-  base::Array<float> logits_;  // [Model::kMaxLogitRows, vocab]
 };
 
 }  // namespace ternion::runtime

@@ -90,8 +90,9 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       attended_(options.max_rows * config.q_dim(), *resources.executor->memory),
       out_(options.max_rows * config.hidden, *resources.executor->memory),
       logit_rows_(kMaxLogitRows * config.hidden, *resources.executor->memory),
-      logits_(resources.kernels->copy != nullptr ? kMaxLogitRows * config.vocab_size : 0,
-              *resources.executor->memory),
+      logits_(kMaxLogitRows * config.vocab_size, *resources.executor->memory),
+      sample_params_(kMaxLogitRows, *resources.executor->staging),
+      sampled_(kMaxLogitRows, *resources.executor->staging),
       codes_(options.max_rows, config.hidden, *resources.executor->memory),
       attended_codes_(options.max_rows, config.q_dim(), *resources.executor->memory),
       tables_(options.max_rows, config.num_layers, *resources.executor),
@@ -396,7 +397,7 @@ void Model::AddOutToHidden(Part& part) {
                                    *resources_.executor);
 }
 
-absl::Status Model::Logits(std::span<const int32_t> rows, float* logits) {
+void Model::Head(std::span<const int32_t> rows) {
   const int64_t count = static_cast<int64_t>(rows.size());
   TERNION_CHECK(count <= kMaxLogitRows);
   const int64_t hidden = config_.hidden;
@@ -419,20 +420,43 @@ absl::Status Model::Logits(std::span<const int32_t> rows, float* logits) {
                                 .eps = config_.norm_eps},
                                *resources_.executor);
   const kernels::DenseMatrix& head = config_.tied_embeddings ? embedding_.view : head_.view;
-  // A device that writes number by number to the host takes long.
-  const bool copies = resources_.kernels->copy != nullptr;
   resources_.kernels->dense_matmul({.x = logit_rows_.data(),
                                     .weights = head,
-                                    .y = copies ? logits_.data() : logits,
+                                    .y = logits_.data(),
                                     .num_rows = count,
                                     .x_stride = hidden,
                                     .y_stride = head.rows},
                                    *resources_.executor);
-  if (copies) {
-    const int64_t bytes = count * head.rows * static_cast<int64_t>(sizeof(float));
-    resources_.kernels->copy({logits_.data(), logits, bytes}, *resources_.executor);
+  num_logit_rows_ = count;
+}
+
+absl::StatusOr<std::span<const int32_t>> Model::Sample(
+    std::span<const kernels::SampleParams> params) {
+  TERNION_CHECK(static_cast<int64_t>(params.size()) == num_logit_rows_);
+  std::copy(params.begin(), params.end(), sample_params_.data());
+  resources_.kernels->sample({.logits = logits_.data(),
+                              .params = sample_params_.data(),
+                              .tokens = sampled_.data(),
+                              .num_rows = num_logit_rows_,
+                              .vocab = config_.vocab_size},
+                             *resources_.executor);
+  TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
+  return sampled_.span().first(params.size());
+}
+
+absl::StatusOr<std::span<const float>> Model::Logits() {
+  const int64_t count = num_logit_rows_ * config_.vocab_size;
+  base::Array<float>* logits = &logits_;
+  if (resources_.kernels->copy != nullptr) {
+    logits = &logits_of_host_;
+    if (logits->size() == 0) {
+      *logits = base::Array<float>(logits_.size(), *resources_.executor->staging);
+    }
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(float));
+    resources_.kernels->copy({logits_.data(), logits->data(), bytes}, *resources_.executor);
   }
-  return comm::Finish(*resources_.kernels, *resources_.executor);
+  TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
+  return logits->span().first(count);
 }
 
 }  // namespace ternion::runtime

@@ -91,13 +91,17 @@ class Model {
   // Makes room for positions 0 .. max_positions - 1. Once, before the first step that has rows.
   void SetMaxPositions(int64_t max_positions);
 
-  // Runs all layers over the batch and keeps the last hidden rows for Logits. May have no rows.
+  // Runs all layers over the batch and keeps the last hidden rows for Head. May have no rows.
   absl::Status Forward(const Batch& batch);
 
-  // logits [rows.size(), vocab] of the last batch's rows; at most kMaxLogitRows at a time. They lie
-  // in the executor's staging memory, for the host to read.
+  // Makes logits of these rows of the last batch; at most kMaxLogitRows at a time. They stay where
+  // ops are done, for the two below.
   static constexpr int64_t kMaxLogitRows = 32;
-  absl::Status Logits(std::span<const int32_t> rows, float* logits);
+  void Head(std::span<const int32_t> rows);
+  // A token for each of Head's rows, valid until the next.
+  absl::StatusOr<std::span<const int32_t>> Sample(std::span<const kernels::SampleParams> params);
+  // Head's logits [rows, vocab] on the host, valid until the next Head.
+  absl::StatusOr<std::span<const float>> Logits();
 
   // Other precisions from the next Forward on, over the same weights; its pages have format `kv`.
   // They passed CheckPrecisions.
@@ -152,14 +156,18 @@ class Model {
 
   // Workspace, sized for options_.max_rows before the first step. hidden_, normed_ and codes_ hold
   // the rows of all parts; the rest is one part's.
-  base::Array<float> cos_, sin_;             // [max_positions, head_dim / 2]
-  base::Array<float> hidden_;                // [rows, hidden] the residual stream
-  base::Array<float> normed_;                // [rows, hidden]
-  base::Array<float> q_, k_, v_;             // [rows, q_dim | kv_dim]
-  base::Array<float> attended_;              // [rows, q_dim]
-  base::Array<float> out_;                   // [rows, hidden] of o_proj and of the local FFN
-  base::Array<float> logit_rows_;            // [kMaxLogitRows, hidden]
-  base::Array<float> logits_;                // [kMaxLogitRows, vocab], of a device
+  base::Array<float> cos_, sin_;       // [max_positions, head_dim / 2]
+  base::Array<float> hidden_;          // [rows, hidden] the residual stream
+  base::Array<float> normed_;          // [rows, hidden]
+  base::Array<float> q_, k_, v_;       // [rows, q_dim | kv_dim]
+  base::Array<float> attended_;        // [rows, q_dim]
+  base::Array<float> out_;             // [rows, hidden] of o_proj and of the local FFN
+  base::Array<float> logit_rows_;      // [kMaxLogitRows, hidden]
+  base::Array<float> logits_;          // [kMaxLogitRows, vocab]
+  base::Array<float> logits_of_host_;  // the same in staging, once somebody asked for them
+  base::Array<kernels::SampleParams> sample_params_;  // [kMaxLogitRows]
+  base::Array<int32_t> sampled_;                      // [kMaxLogitRows]
+  int64_t num_logit_rows_ = 0;
   kernels::QuantizedBuffer codes_;           // [rows, hidden]
   kernels::QuantizedBuffer attended_codes_;  // [rows, q_dim]
   StepTables tables_;

@@ -1,8 +1,10 @@
-// From logits to the next token.
+// How a sequence's tokens are drawn, and how well logits foretell one.
 #pragma once
 
 #include <cstdint>
 #include <span>
+
+#include "kernels/kernels.h"
 
 namespace ternion::runtime {
 
@@ -13,10 +15,9 @@ struct SamplingParams {
   uint64_t seed = 0;
 };
 
-// The next token. Greedy takes the largest logit, the lower id on ties. Otherwise the draw depends
-// on the logits, the parameters and `position` alone, never on what else is in the batch. NaN
-// logits count as minus infinity.
-int32_t SampleToken(std::span<const float> logits, const SamplingParams& params, int64_t position);
+// For the token that follows `position`: the draw depends on the logits, the parameters and the
+// position alone, never on what else is in the batch.
+kernels::SampleParams ParamsAt(const SamplingParams& params, int64_t position);
 
 // -ln softmax(logits)[target], summed in double.
 double NegativeLogLikelihood(std::span<const float> logits, int32_t target);

@@ -8,6 +8,7 @@
 #include "kernels/cpu/float_ops_gate.inc.h"
 #include "kernels/cpu/float_ops_kv.inc.h"
 #include "kernels/cpu/float_ops_rows.inc.h"
+#include "kernels/cpu/float_ops_sample.inc.h"
 #include "kernels/kernels.h"
 
 namespace ternion::kernels {
@@ -29,6 +30,7 @@ constexpr Kernels kThisVariant = {
     .add_rows = AddRows,
     .pack_codes = PackCodes,
     .unpack_int4 = UnpackInt4,
+    .sample = Sample,
     .weighted_sum = WeightedSum,
     .zero = ZeroOut,
 };

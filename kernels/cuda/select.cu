@@ -62,6 +62,7 @@ constexpr Kernels kTable = {
     .add_rows = cuda::AddRows,
     .pack_codes = cuda::PackCodes,
     .unpack_int4 = cuda::UnpackInt4,
+    .sample = cuda::Sample,
     .weighted_sum = cuda::WeightedSum,
     .zero = cuda::Zero,
     .copy = Copy,

@@ -30,6 +30,9 @@ void Attention(const AttentionArgs& args, Executor& executor);
 void DenseMatmul(const DenseMatmulArgs& args, Executor& executor);
 void GateTopK(const GateTopKArgs& args, Executor& executor);
 
+// sample.cu
+void Sample(const SampleArgs& args, Executor& executor);
+
 // ternary.cu
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor);
 void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor);

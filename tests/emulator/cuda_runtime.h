@@ -90,6 +90,16 @@ inline size_t __cvta_generic_to_shared(const void* data) {
   return ternion::emulator::AddressOfShared(data);
 }
 
+// One thread of a block runs at a time.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) {
     c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);

@@ -24,6 +24,7 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const WorldCase& c, comm::Tra
   options.kv = c.kv;
   options.micro_batches = c.micro_batches;
   options.hierarchical = c.hierarchical;
+  options.hash_logits = true;
   return Engine::Create(options, {&transport, kernels::SelectCpuKernels(""), &executor}, nullptr);
 }
 

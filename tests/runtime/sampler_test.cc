@@ -8,12 +8,28 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kernels/select.h"
 
 namespace ternion::runtime {
 namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
+
+int32_t SampleToken(const std::vector<float>& logits, const SamplingParams& params,
+                    int64_t position) {
+  static base::ThreadPool threads(1);
+  kernels::Executor executor{.threads = &threads};
+  const kernels::SampleParams at = ParamsAt(params, position);
+  int32_t token = -1;
+  kernels::SelectCpuKernels("")->sample({.logits = logits.data(),
+                                         .params = &at,
+                                         .tokens = &token,
+                                         .num_rows = 1,
+                                         .vocab = static_cast<int64_t>(logits.size())},
+                                        executor);
+  return token;
+}
 
 int32_t Greedy(const std::vector<float>& logits) { return SampleToken(logits, {}, 0); }
 
