@@ -31,19 +31,19 @@ constexpr int32_t RankOf(float logit, float largest, float temperature) {
 constexpr float ExponentOf(int32_t rank) { return static_cast<float>(rank) * (-1.0f / kRankUnit); }
 
 // Which candidates are kept: those of a lower rank, and the first `ties` of this one.
-struct RankCut {
-  int32_t rank = kNumRanks;
-  int64_t ties = 0;
-  uint64_t weight = 0;  // of all that are kept
+struct RankCut {  // lies in shared memory, which nobody initializes
+  int32_t rank;
+  int64_t ties;
+  uint64_t weight;  // of all that are kept
 
   constexpr bool Keeps(int32_t of_token) const { return of_token >= 0 && of_token < rank; }
 };
 
 // Where in a row of bins something is reached, and what comes before.
 struct BinPlace {
-  int32_t bin = -1;  // -1: never
-  int64_t count = 0;
-  uint64_t weight = 0;
+  int32_t bin;
+  int64_t count;
+  uint64_t weight;
 };
 
 // What top_p asks for, of the weight that top_k keeps: at least one token's.

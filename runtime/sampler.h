@@ -15,8 +15,8 @@ struct SamplingParams {
   uint64_t seed = 0;
 };
 
-// For the token that follows `position`: the draw depends on the logits, the parameters and the
-// position alone, never on what else is in the batch.
+// For the token that follows `position`: besides the logits, the draw depends on the parameters and
+// the position alone, never on what else is in the batch.
 kernels::SampleParams ParamsAt(const SamplingParams& params, int64_t position);
 
 // -ln softmax(logits)[target], summed in double.

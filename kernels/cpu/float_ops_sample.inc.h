@@ -74,7 +74,7 @@ class Sampler {
     if (!(params_.temperature > 0)) return ArgMax(logits_, vocab_);
     largest_ = LargestOf(logits_, vocab_);
     std::memset(&counts_, 0, sizeof(counts_));
-    RankCut cut;
+    RankCut cut = {kNumRanks, 0, 0};
     int64_t candidates = 0;
     ForEach([&](int32_t, int32_t rank, uint64_t weight) {
       ++counts_.counts[rank / kRanksOfBin];
@@ -106,7 +106,7 @@ class Sampler {
 
   // The first `count` candidates, of which there are more.
   RankCut CutAtCount(int64_t count) {
-    BinPlace place;
+    BinPlace place = {};
     for (place.bin = 0; place.count + counts_.counts[place.bin] < count; ++place.bin) {
       place.count += counts_.counts[place.bin];
       place.weight += counts_.weights[place.bin];
@@ -126,7 +126,7 @@ class Sampler {
 
   // The first candidates that weigh `wanted`, of all that weigh more.
   RankCut CutAtWeight(uint64_t wanted) {
-    BinPlace place;
+    BinPlace place = {};
     for (place.bin = 0; place.weight + counts_.weights[place.bin] < wanted; ++place.bin) {
       place.weight += counts_.weights[place.bin];
     }

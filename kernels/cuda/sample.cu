@@ -71,7 +71,7 @@ __device__ inline BinPlace FindBin(int32_t num, BinPlace from, Bin bin, Enough e
   const int lane = static_cast<int>(threadIdx.x);
   const int32_t share = (num + kWarp - 1) / kWarp;
   const int32_t begin = lane * share, end = begin + share < num ? begin + share : num;
-  BinPlace mine;
+  BinPlace mine = {};
   for (int32_t i = begin; i < end; ++i) {
     const BinPlace here = bin(i);
     mine.count += here.count;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kSampleThreads) SampleKernel(SampleArgs args) 
     weight += mine;
   });
   count = BlockReduce(count, [](int64_t a, int64_t b) { return a + b; });
-  RankCut cut;
+  RankCut cut = {kNumRanks, 0, 0};
   cut.weight = BlockReduce(weight, [](uint64_t a, uint64_t b) { return a + b; });
   if (count == 0) {
     if (threadIdx.x == 0) token = 0;

