@@ -336,7 +336,7 @@ nlohmann::json ToJson(const SparseCase& c, const SparseResult& result) {
 }  // namespace
 
 absl::Status BenchKernels(const BenchKernelsOptions& options) {
-  if (options.device == "cuda") return BenchDeviceKernels(options.json_path);
+  if (options.device == "cuda") return BenchDeviceKernels(options.cublas, options.json_path);
   TERNION_ASSIGN_OR_RETURN(const kernels::Kernels* const table, ChooseCpuKernels());
   const int all_cpus = static_cast<int>(base::AllowedCpus().size());
   Bench bench(*table, options.num_threads > 0 ? options.num_threads : std::max(all_cpus, 1));

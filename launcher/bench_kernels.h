@@ -10,6 +10,7 @@ namespace ternion::launcher {
 struct BenchKernelsOptions {
   std::string device = "cpu";  // cpu | cuda
   int num_threads = 0;         // 0: every CPU this process may run on
+  std::string cublas;          // cuda: a file to compare with; empty: what is found
   std::string json_path;       // empty: the table only
 };
 

@@ -119,6 +119,9 @@ void AddBenchKernels(CLI::App& bench, BenchKernelsOptions& options) {
       ->capture_default_str();
   command->add_option("--threads", options.num_threads, "Threads (default: all cores)")
       ->check(CLI::Range(1, 1024));
+  command->add_option("--cublas", options.cublas,
+                      "With --device cuda: the library whose bf16 products stand beside ours "
+                      "(default: libcublas.so.13 or .12, where the loader finds one)");
   command->add_option("--json", options.json_path, "Write the figures to this file");
 }
 

@@ -34,4 +34,10 @@ void FillWithCodes(std::span<uint64_t> words, uint64_t seed) {
   }
 }
 
+void FillWithBf16(std::span<uint64_t> words, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  // Signs, the last two bits of exponents (120 to 123, where 127 is of 1) and mantissas.
+  for (uint64_t& word : words) word = (rng() & 0x81ff81ff81ff81ff) | 0x3c003c003c003c00;
+}
+
 }  // namespace ternion::launcher

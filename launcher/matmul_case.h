@@ -28,4 +28,7 @@ std::vector<int64_t> RandomRowsPerExpert(const MatmulCase& c, std::mt19937_64& r
 // Random codes 0, 1, 2 of two bits, 1 twice as likely as the others.
 void FillWithCodes(std::span<uint64_t> words, uint64_t seed);
 
+// Random bf16 numbers, four in a word, of magnitudes from 2^-7 to 2^-3.
+void FillWithBf16(std::span<uint64_t> words, uint64_t seed);
+
 }  // namespace ternion::launcher

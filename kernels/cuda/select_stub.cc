@@ -1,4 +1,5 @@
 // Stands in for the CUDA kernels in a build without them.
+#include "kernels/cuda/cublas.h"
 #include "kernels/cuda/limits.h"
 #include "kernels/select.h"
 
@@ -9,6 +10,11 @@ const Kernels* SelectCudaKernels(int, Executor&, std::string* why) {
   return nullptr;
 }
 
-DeviceLimits MeasureDeviceLimits(Executor&) { return {}; }  // nobody has a device to ask for
+// Nobody has a device to ask for.
+DeviceLimits MeasureDeviceLimits(Executor&) { return {}; }
+
+std::unique_ptr<Cublas> LoadCublas(const std::string&, const Executor&, std::string*) {
+  return nullptr;
+}
 
 }  // namespace ternion::kernels

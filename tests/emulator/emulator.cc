@@ -208,6 +208,10 @@ const char* cudaGetErrorString(cudaError_t error) {
                                               : "invalid argument";
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int* count) {
   const std::lock_guard lock(TheDevice().mutex);
   *count = TheDevice().count;
