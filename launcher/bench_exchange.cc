@@ -1,7 +1,6 @@
 #include "launcher/bench_exchange.h"
 
 #include <algorithm>
-#include <fstream>
 #include <map>
 #include <optional>
 
@@ -36,7 +35,8 @@ struct Shape {
   int64_t hidden = 0;
 };
 
-std::vector<WireCase> Cases(bool several_ranks, bool hierarchical) {
+// `by_mpi`: several ranks, and MPI between them; NCCL has no alltoallv to compare with.
+std::vector<WireCase> Cases(bool several_ranks, bool hierarchical, bool by_mpi) {
   const RowFormat int4 = RowFormat::kInt4, int8 = RowFormat::kInt8, bf16 = RowFormat::kBf16;
   std::vector<WireCase> cases = {
       {int4, int4}, {int4, int8}, {int4, bf16}, {int8, int4},
@@ -51,8 +51,8 @@ std::vector<WireCase> Cases(bool several_ranks, bool hierarchical) {
     cases.push_back({int4, int4});
     cases.back().hierarchical = true;
   }
-  if (several_ranks) {
-    cases.push_back({bf16, bf16, RowSet::kToAllRanks});
+  if (several_ranks) cases.push_back({bf16, bf16, RowSet::kToAllRanks});
+  if (by_mpi) {
     cases.push_back({int4, int4});
     cases.back().all_to_all = true;
   }
@@ -71,14 +71,6 @@ experts::RoutingTrace Part(const experts::RoutingTrace& trace, int num_layers, i
     }
   }
   return part;
-}
-
-// The running kernel's name, which ranks of one machine share whatever their hosts are called.
-std::string MachineName() {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string name;
-  file >> name;
-  return name;
 }
 
 class Report {
@@ -108,6 +100,9 @@ class Report {
   void PrintFactors(const std::vector<CaseResult>& results) const;
   Json ToJson(const std::vector<CaseResult>& results, const absl::Status& status) const;
   absl::Status WriteMatrix(const std::vector<CaseResult>& results) const;
+  std::string TransportName() const {
+    return world_.transport().size() > 1 ? options_.world.transport : "none";
+  }
   bool several_nodes() const { return num_nodes_ > 1; }
   // Several nodes, of several ranks each, equally many.
   bool has_hierarchy() const {
@@ -184,6 +179,7 @@ absl::Status Report::GatherHosts() {
   const Json own = {{"host", HostName()},
                     {"machine", MachineName()},
                     {"memory", base::HostMemory().capacity_bytes()},
+                    {"device_memory", world_.resources().executor->memory->capacity_bytes()},
                     {"interfaces", interfaces_}};
   TERNION_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
                            comm::Gather(world_.transport(), own.dump()));
@@ -197,7 +193,7 @@ absl::Status Report::GatherHosts() {
 // Rank 0: what the ranks of a machine hold at most, where every row goes to all ranks: own rows,
 // their codes, sums and the sums that are expected; of each row from elsewhere its message, codes,
 // outputs and returning message, with the room that buffers grow ahead. Measured, a rank holds
-// about as much.
+// about as much. On a device it is less; what ranks that share one hold is not added up.
 absl::Status Report::CheckMemory() const {
   const double ranks = world_.transport().size();
   const double most =
@@ -207,11 +203,18 @@ absl::Status Report::CheckMemory() const {
   for (const Json& host : hosts_) ++ranks_of[host["machine"].get<std::string>()];
   for (const Json& host : hosts_) {
     const double bytes = each * ranks_of[host["machine"].get<std::string>()];
-    const double memory = host["memory"];
-    if (bytes < memory) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tokens ", most, " needs some ", HumanBytes(bytes), " for the ranks of ",
-                     host["host"].get<std::string>(), "; this machine has ", HumanBytes(memory)));
+    const double memory = host["memory"], device_memory = host["device_memory"];
+    const std::string name = host["host"];
+    std::string lacks;
+    if (bytes >= memory) {
+      lacks = absl::StrCat(HumanBytes(bytes), " for the ranks of ", name, "; this machine has ",
+                           HumanBytes(memory));
+    } else if (each >= device_memory) {
+      lacks = absl::StrCat(HumanBytes(each), " for a rank of ", name, "; its device has ",
+                           HumanBytes(device_memory));
+    }
+    if (lacks.empty()) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--tokens ", most, " needs some ", lacks));
   }
   return absl::OkStatus();
 }
@@ -305,9 +308,11 @@ absl::StatusOr<CaseResult> Report::RunCase(const WireCase& wire, int64_t tokens)
 }
 
 absl::Status Report::RunCases(std::vector<CaseResult>& results) {
+  const std::vector<WireCase> cases =
+      Cases(world_.transport().size() > 1, has_hierarchy(), TransportName() == "mpi");
   for (int64_t tokens : options_.tokens) {
     if (world_.is_root()) PrintLadderHeader(tokens);
-    for (const WireCase& wire : Cases(world_.transport().size() > 1, has_hierarchy())) {
+    for (const WireCase& wire : cases) {
       TERNION_ASSIGN_OR_RETURN(CaseResult result, RunCase(wire, tokens));
       if (!world_.is_root()) continue;
       PrintCase(result);
@@ -346,6 +351,7 @@ void Report::PrintHeader() const {
       "# ternion bench exchange: %s, hidden %d, %d experts, top %d; %d rank%s on %d node%s\n",
       shape_.name, shape_.hidden, trace_.shape.num_experts, trace_.shape.top_k, ranks,
       ranks == 1 ? "" : "s", num_nodes_, num_nodes_ == 1 ? "" : "s");
+  absl::PrintF("# device %s, transport %s\n", options_.world.device, TransportName());
   absl::PrintF("# routing %s (%d layers, trace %016x)\n", routing_, trace_.shape.num_layers,
                trace_hash_);
   absl::PrintF(
@@ -414,8 +420,7 @@ Json Report::ToJson(const std::vector<CaseResult>& results, const absl::Status& 
   for (const Json& host : hosts_) {
     hosts.push_back({{"host", host["host"]}, {"interfaces", host["interfaces"]}});
   }
-  for (const CaseResult& result : results)
-    cases.push_back(CaseToJson(result, shape_.hidden, ladders_));
+  for (const CaseResult& of : results) cases.push_back(CaseToJson(of, shape_.hidden, ladders_));
   for (int64_t tokens : options_.tokens) {
     factors[absl::StrCat(tokens)] = FactorsJson(results, tokens);
   }
@@ -440,7 +445,8 @@ Json Report::ToJson(const std::vector<CaseResult>& results, const absl::Status& 
           {"layers", trace_.shape.num_layers},
           {"ranks", world_.transport().size()},
           {"nodes", num_nodes_},
-          {"transport", world_.transport().size() > 1 ? options_.world.transport : "none"},
+          {"transport", TransportName()},
+          {"device", options_.world.device},
           {"isa", world_.isa()},
           {"threads", world_.num_threads()},
           {"routing", routing_},

@@ -23,15 +23,11 @@ absl::Status CheckPlacement(const EngineFlags& flags) {
 
 }  // namespace
 
-void AddThreadsFlag(CLI::App& command, WorldOptions& options) {
+void AddWorldFlags(CLI::App& command, WorldOptions& options) {
   command
       .add_option("--threads", options.threads,
                   "Threads per rank (default: its share of the cores)")
       ->check(CLI::Range(1, 1024));
-}
-
-void AddWorldFlags(CLI::App& command, WorldOptions& options) {
-  AddThreadsFlag(command, options);
   command.add_option("--device", options.device, "Where kernels run")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();

@@ -1,4 +1,4 @@
-// The flags that run and eval share, and the engine they describe.
+// The flags that run, eval and bench exchange share, and the engine they describe.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,7 @@ struct EngineFlags {
   std::string micro_batches = "auto";
 };
 
-// Adds --threads to `command`.
-void AddThreadsFlag(CLI::App& command, WorldOptions& options);
-// Adds --threads, --device and --transport.
+// Adds --threads, --device and --transport to `command`.
 void AddWorldFlags(CLI::App& command, WorldOptions& options);
 // Adds --model, --wire*, --placement, --trace, --exchange, --micro-batches, --kv, --kv-tokens and
 // the world's flags.

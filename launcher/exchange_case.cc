@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "comm/codec.h"
 #include "comm/collective.h"
+#include "comm/finish.h"
 #include "xxhash.h"
 
 namespace ternion::launcher {
@@ -19,6 +20,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using comm::DispatchPlan;
 using comm::RowFormat;
+
+constexpr size_t kRowsAtOnce = 64;  // that experts' stand-ins work on
 
 double MicrosecondsSince(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
@@ -97,24 +100,30 @@ float FactorOf(std::span<const comm::Route> routes) {
   return factor;
 }
 
-// Leaves of rows of `dim` what arrives of them at `format`.
-void Travel(const runtime::RankResources& rank, RowFormat format, int64_t dim,
+// Leaves of rows of `dim`, on the host, what arrives of them at `format`.
+void Travel(const runtime::RankResources& host, RowFormat format, int64_t dim,
             std::span<float> rows) {
   const int64_t num_rows = static_cast<int64_t>(rows.size()) / dim;
   std::vector<uint8_t> bytes(num_rows * kernels::EncodedRowBytes(format, dim));
-  rank.kernels->encode_rows({.x = rows.data(),
+  host.kernels->encode_rows({.x = rows.data(),
                              .out = bytes.data(),
                              .num_rows = num_rows,
                              .dim = dim,
                              .x_stride = dim,
                              .format = format},
-                            *rank.executor);
-  rank.kernels->decode_rows({.rows = bytes.data(),
+                            *host.executor);
+  host.kernels->decode_rows({.rows = bytes.data(),
                              .out = rows.data(),
                              .num_rows = num_rows,
                              .dim = dim,
                              .format = format},
-                            *rank.executor);
+                            *host.executor);
+}
+
+void Quantize(const runtime::RankResources& rank, const float* rows, int bits,
+              const kernels::QuantizedRows& out) {
+  rank.kernels->quantize({.x = rows, .out = out, .x_stride = out.dim, .bits = bits},
+                         *rank.executor);
 }
 
 }  // namespace
@@ -140,9 +149,18 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
       exchange_(OptionsOf(wire, setup), &transport_, world.resources().kernels,
                 world.resources().executor),
       rows_(setup.tokens_per_rank * setup.hidden),
-      codes_(setup.tokens_per_rank, setup.hidden),
+      codes_(setup.tokens_per_rank, setup.hidden, *world.resources().executor->memory),
+      out_(setup.tokens_per_rank * setup.hidden, *world.resources().executor->memory),
+      row_codes_(world.resources().executor->staging),
+      row_scales_(world.resources().executor->staging),
+      gathered_(kRowsAtOnce, setup.hidden, *world.resources().executor->staging),
+      host_executor_{.threads = world.resources().executor->threads},
+      host_{&transport_, kernels::SelectCpuKernels(""), &host_executor_},
+      host_codes_(setup.tokens_per_rank, setup.hidden),
       remote_codes_(setup.tokens_per_rank, setup.hidden),
-      out_(setup.tokens_per_rank * setup.hidden) {
+      host_out_(world.resources().kernels->copy == nullptr ? 0 : out_.size(),
+                *world.resources().executor->staging) {
+  collective_.UseMemory(*world.resources().executor->staging);
   const comm::RankId self = world.transport().rank();
   const int top_k = setup.trace->shape.top_k;
   weights_.assign(setup.tokens_per_rank * top_k, 1.0f / static_cast<float>(top_k));
@@ -156,22 +174,23 @@ ExchangeCase::ExchangeCase(const WireCase& wire, const experts::Placement& place
     experts::RoutingWorkspace workspace;
     AddPlan(PlanDispatch(placement, layer, self, ChoiceOf(layer), workspace));
   }
+  MakeRows();
+}
+
+void ExchangeCase::MakeRows() {
+  const runtime::RankResources rank = world_.resources();
+  const int64_t tokens = setup_.tokens_per_rank;
   for (size_t i = 0; i < rows_.size(); ++i) {
-    const uint64_t bits = base::RandomBits(base::Index(self), i) >> 40;
+    const uint64_t bits = base::RandomBits(base::Index(rank.transport->rank()), i) >> 40;
     rows_[i] = static_cast<float>(bits) / static_cast<float>(1 << 23) - 1.0f;
   }
-  const auto quantize = [&](kernels::QuantizedBuffer& out) {
-    world.resources().kernels->quantize({.x = rows_.data(),
-                                         .out = out.rows(setup.tokens_per_rank),
-                                         .x_stride = setup.hidden,
-                                         .bits = exchange_.options().act_bits},
-                                        *world.resources().executor);
-  };
-  quantize(codes_);
-  if (wire.dispatch == RowFormat::kBf16) {
-    Travel(world.resources(), wire.dispatch, setup.hidden, rows_.span());
-  }
-  quantize(remote_codes_);
+  const int act_bits = exchange_.options().act_bits;
+  Quantize(host_, rows_.data(), act_bits, host_codes_.rows(tokens));
+  std::vector<float> arrived(rows_.data(), rows_.data() + rows_.size());
+  if (wire_.dispatch == RowFormat::kBf16) Travel(host_, wire_.dispatch, setup_.hidden, arrived);
+  Quantize(host_, arrived.data(), act_bits, remote_codes_.rows(tokens));
+  rows_.MoveTo(*rank.executor->memory);
+  Quantize(rank, rows_.data(), act_bits, codes_.rows(tokens));
 }
 
 experts::GateChoice ExchangeCase::ChoiceOf(int layer) const {
@@ -193,20 +212,40 @@ void ExchangeCase::AddPlan(DispatchPlan plan) {
   plans_.push_back(std::move(plan));
 }
 
-void ExchangeCase::RunExperts(const comm::ReceivedRows& received, float* outputs) const {
+absl::Status ExchangeCase::RunExperts(const comm::ReceivedRows& received, float* outputs) {
+  const auto [_, kernels, executor] = world_.resources();
   const int64_t hidden = setup_.hidden;
-  for (size_t i = 0; i < received.rows.size(); ++i) {
-    const comm::ReceivedRow& row = received.rows[i];
-    const auto routes = std::span(received.routes).subspan(row.first_route, row.num_routes);
-    if (wire_.presum) {
-      Scale(row.codes, row.scale * FactorOf(routes), hidden, outputs + i * hidden);
-      continue;
+  std::vector<float> made;  // of the rows of one turn
+  for (size_t begin = 0; begin < received.rows.size(); begin += kRowsAtOnce) {
+    const auto rows = std::span(received.rows)
+                          .subspan(begin, std::min(kRowsAtOnce, received.rows.size() - begin));
+    row_codes_.clear();
+    row_scales_.clear();
+    for (const comm::ReceivedRow& row : rows) {
+      row_codes_.push_back(row.codes);
+      row_scales_.push_back(row.scale);
     }
-    for (int32_t j = 0; j < row.num_routes; ++j) {
-      Scale(row.codes, row.scale * FactorOf(routes[j].expert), hidden,
-            outputs + (row.first_route + j) * hidden);
+    const kernels::QuantizedRows codes = gathered_.rows(static_cast<int64_t>(rows.size()));
+    kernels->gather_rows({row_codes_.data(), row_scales_.data(), codes}, *executor);
+    TERNION_RETURN_IF_ERROR(comm::Finish(*kernels, *executor));
+    made.clear();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto routes =
+          std::span(received.routes).subspan(rows[i].first_route, rows[i].num_routes);
+      const auto append = [&](float factor) {
+        made.resize(made.size() + hidden);
+        Scale(codes.codes + i * codes.stride, codes.scales[i] * factor, hidden,
+              &*(made.end() - hidden));
+      };
+      if (wire_.presum) append(FactorOf(routes));
+      for (size_t j = 0; j < routes.size() && !wire_.presum; ++j) {
+        append(FactorOf(routes[j].expert));
+      }
     }
+    const int64_t first = wire_.presum ? static_cast<int64_t>(begin) : rows[0].first_route;
+    executor->memory->Write(made.data(), made.size() * sizeof(float), outputs + first * hidden);
   }
+  return absl::OkStatus();
 }
 
 // As Exchange. The work on the way counts as dispatch.
@@ -215,8 +254,7 @@ absl::Status ExchangeCase::ExchangeByNode(int layer, bool fresh_outputs, CaseRun
   TERNION_RETURN_IF_ERROR(hierarchical_->DispatchSend(
       step_++, layer, ChoiceOf(layer), codes_.rows(setup_.tokens_per_rank), rows_.data()));
   const auto run_experts = [&](const comm::ReceivedRows& received, float* outputs) {
-    if (fresh_outputs) RunExperts(received, outputs);
-    return absl::OkStatus();
+    return fresh_outputs ? RunExperts(received, outputs) : absl::OkStatus();
   };
   TERNION_RETURN_IF_ERROR(hierarchical_->RunExperts(run_experts));
   if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
@@ -233,12 +271,14 @@ absl::Status ExchangeCase::Exchange(int layer, bool fresh_outputs, CaseRun* run)
       step_++, layer, plans_[layer], codes_.rows(setup_.tokens_per_rank), rows_.data()));
   if (wire_.all_to_all) TERNION_RETURN_IF_ERROR(transport_.Flush());
   TERNION_ASSIGN_OR_RETURN(const comm::ReceivedRows* received, exchange_.DispatchRecv());
+  const auto [_, kernels, executor] = world_.resources();
+  TERNION_RETURN_IF_ERROR(comm::Finish(*kernels, *executor));  // codes are there, unpacked
   if (run != nullptr) run->dispatch_us.push_back(MicrosecondsSince(start));
   if (received != nullptr && fresh_outputs) {
     const size_t count = wire_.presum ? received->rows.size() : received->routes.size();
     const size_t floats = count * setup_.hidden;
-    if (outputs_.size() < floats) outputs_ = base::Array<float>(floats);
-    RunExperts(*received, outputs_.data());
+    if (outputs_.size() < floats) outputs_ = base::Array<float>(floats, *executor->memory);
+    TERNION_RETURN_IF_ERROR(RunExperts(*received, outputs_.data()));
   }
   const Clock::time_point combine_start = Clock::now();
   if (received != nullptr) {
@@ -283,7 +323,7 @@ std::vector<float> ExchangeCase::Expected(int layer) {
     const Summand& summand = summands[i];
     const bool at_home = summand.place == home;
     const kernels::QuantizedRows codes =
-        (at_home ? codes_ : remote_codes_).rows(setup_.tokens_per_rank);
+        (at_home ? host_codes_ : remote_codes_).rows(setup_.tokens_per_rank);
     Scale(codes.codes + summand.source * codes.stride,
           codes.scales[summand.source] * summand.factor, hidden, one.data());
     // The ranks of a node add up before they return.
@@ -295,7 +335,7 @@ std::vector<float> ExchangeCase::Expected(int layer) {
       term[j] = i > 0 && joins(i - 1, i) ? term[j] + one[j] : one[j];
     }
     if (joins(i, i + 1)) continue;
-    if (!at_home) Travel(world_.resources(), wire_.combine, hidden, term);
+    if (!at_home) Travel(host_, wire_.combine, hidden, term);
     float* const sum = &out[summand.source * hidden];
     for (int64_t j = 0; j < hidden; ++j) sum[j] += summand.weight * term[j];
   }
@@ -317,17 +357,29 @@ LayerBytes ExchangeCase::SentBytes() const {
   return bytes;
 }
 
+// out_, where the host may read it.
+absl::StatusOr<const float*> ExchangeCase::SumsOnHost() {
+  const auto [_, kernels, executor] = world_.resources();
+  if (host_out_.size() == 0) return out_.data();
+  const int64_t bytes = static_cast<int64_t>(out_.size() * sizeof(float));
+  kernels->copy({out_.data(), host_out_.data(), bytes}, *executor);
+  TERNION_RETURN_IF_ERROR(comm::Finish(*kernels, *executor));
+  return host_out_.data();
+}
+
 absl::StatusOr<ExchangeCase::Round> ExchangeCase::Verify() {
+  const auto [_, kernels, executor] = world_.resources();
+  const int64_t count = static_cast<int64_t>(out_.size());
   Round round;
   for (int layer = 0; layer < setup_.num_layers; ++layer) {
-    std::fill_n(out_.data(), out_.size(), 0.0f);
+    kernels->zero({out_.data(), count}, *executor);
     transport_.traffic().Reset();
     TERNION_RETURN_IF_ERROR(Exchange(layer, /*fresh_outputs=*/true, nullptr));
     round.layer_bytes.push_back(SentBytes());
     const std::vector<float> expected = Expected(layer);
-    round.equal = round.equal && std::equal(expected.begin(), expected.end(), out_.data());
-    round.output_hash =
-        XXH3_64bits_withSeed(out_.data(), out_.size() * sizeof(float), round.output_hash);
+    TERNION_ASSIGN_OR_RETURN(const float* sums, SumsOnHost());
+    round.equal = round.equal && std::equal(expected.begin(), expected.end(), sums);
+    round.output_hash = XXH3_64bits_withSeed(sums, count * sizeof(float), round.output_hash);
   }
   return round;
 }

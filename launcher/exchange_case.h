@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <string>
 #include <vector>
 
@@ -67,7 +68,8 @@ struct CaseRun {
   NicCount nic;
 };
 
-// A case on this rank.
+// A case on this rank. As in a model, rows lie where the kernels work; what is expected of them is
+// computed on the host.
 class ExchangeCase {
  public:
   ExchangeCase(const WireCase& wire, const experts::Placement& placement,
@@ -95,7 +97,9 @@ class ExchangeCase {
   absl::Status Exchange(int layer, bool fresh_outputs, CaseRun* run);
   absl::Status ExchangeByNode(int layer, bool fresh_outputs, CaseRun* run);
   experts::GateChoice ChoiceOf(int layer) const;
-  void RunExperts(const comm::ReceivedRows& received, float* outputs) const;
+  absl::Status RunExperts(const comm::ReceivedRows& received, float* outputs);
+  void MakeRows();
+  absl::StatusOr<const float*> SumsOnHost();
   // One row that is added onto an own row.
   struct Summand {
     int32_t source = 0;  // own row
@@ -117,11 +121,21 @@ class ExchangeCase {
   std::vector<comm::DispatchPlan> plans_;                        // [layer]
   std::vector<std::vector<int32_t>> ids_;  // [layer] of own tokens, [tokens, top_k]
   std::vector<float> weights_;             // [tokens, top_k]
-  base::Array<float> rows_;                // [tokens, hidden] as if normed
-  kernels::QuantizedBuffer codes_;         // the same, quantized
+  // In the executor's memory.
+  base::Array<float> rows_;         // [tokens, hidden] as if normed
+  kernels::QuantizedBuffer codes_;  // the same, quantized
+  base::Array<float> out_;          // [tokens, hidden]
+  base::Array<float> outputs_;      // of the experts, for received rows
+  // For RunExperts, in staging: some received rows.
+  std::pmr::vector<const int8_t*> row_codes_;
+  std::pmr::vector<float> row_scales_;
+  kernels::QuantizedBuffer gathered_;
+  // On the host, for Expected.
+  kernels::Executor host_executor_;
+  const runtime::RankResources host_;      // a CPU's kernels
+  kernels::QuantizedBuffer host_codes_;    // as codes_
   kernels::QuantizedBuffer remote_codes_;  // as other ranks see them: bf16 dispatch rounds first
-  base::Array<float> out_;                 // [tokens, hidden]
-  base::Array<float> outputs_;             // of the experts, for received rows
+  base::Array<float> host_out_;            // out_ in staging; empty if the host reaches that
   CaseRun run_;
   uint32_t step_ = 0;
 };

@@ -159,7 +159,7 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
       "--matrix", options.matrix,
       "CSV for an alltoallv benchmark: bytes of int4/int4 from each rank (line) to each (column), "
       "as fractions of the most");
-  AddThreadsFlag(*command, options.world);
+  AddWorldFlags(*command, options.world);
 }
 
 void AddInspect(CLI::App& app, InspectOptions& options) {

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <fstream>
+
 #include "absl/strings/str_format.h"
 #include "base/file.h"
 #include "base/status.h"
@@ -52,6 +54,13 @@ void AddNumbers(const Json& from, Json& to) {
 std::string HostName() {
   char name[256] = "";
   gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+std::string MachineName() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string name;
+  file >> name;
   return name;
 }
 

@@ -34,6 +34,8 @@ PhaseBytes PhaseBytesOf(const WorldReport& report, const char* phase, int64_t hi
 absl::StatusOr<WorldReport> CollectReport(const LoadedEngine& loaded, World& world);
 
 std::string HostName();
+// The running kernel's name, which ranks of one machine share whatever their hosts are called.
+std::string MachineName();
 
 // The commit that this program was built from, "-dirty" when files had changed; or "unknown".
 const char* BuildCommit();

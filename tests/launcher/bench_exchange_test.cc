@@ -25,7 +25,9 @@ class BenchExchange : public testing::Test {
     std::filesystem::remove(json_);
     Strings arguments = {"bench", "exchange", "--seconds", "0", "--json", json_};
     arguments.insert(arguments.end(), more.begin(), more.end());
-    const CommandResult result = RunTernion(ranks, arguments);
+    // Where there is a GPU, it is not to be found.
+    const CommandResult result =
+        RunTernion(ranks, arguments, {.environment = {{"CUDA_VISIBLE_DEVICES", ""}}});
     EXPECT_NE(result.exit_code, 0);
     EXPECT_FALSE(result.timed_out);
     const Strings lines = LinesThatStartWith(result.err, "ternion: error: ");
@@ -166,6 +168,8 @@ TEST_F(BenchExchange, BadInputIsOneClearError) {
               "is no report of eval --ladder");
   ExpectError(2, With(kSmall, {"--matrix", directory_.path("no/such/folder")}), "no/such/folder");
   ExpectError(2, {"--shape", "deepseek-v3", "--tokens", "1000000"}, "this machine has");
+  ExpectError(2, With(kSmall, {"--transport", "nccl"}), "between GPUs) needs --device cuda");
+  ExpectError(2, With(kSmall, {"--device", "cuda"}), "--device cuda: ");
 }
 
 }  // namespace
