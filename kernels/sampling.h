@@ -22,9 +22,11 @@ inline constexpr int32_t kNumBins = kNumRanks / kRanksOfBin;
 
 // -1: never drawn. `largest` is the largest logit that is a number.
 constexpr int32_t RankOf(float logit, float largest, float temperature) {
-  if (logit == largest) return 0;
+  constexpr float kFar = kNumRanks / kRankUnit;
   const float distance = (largest - logit) / temperature;
-  return distance < kNumRanks / kRankUnit ? static_cast<int32_t>(distance * kRankUnit) : -1;
+  const float bounded = distance < kFar ? distance : kFar;  // of NaN, too
+  const auto rank = static_cast<int32_t>(bounded * kRankUnit);
+  return logit == largest ? 0 : rank < kNumRanks ? rank : -1;
 }
 
 // x such that the weight is e^x / kWeightUnit, rounded down.

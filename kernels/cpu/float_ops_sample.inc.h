@@ -28,24 +28,55 @@ inline int32_t ArgMax(const float* logits, int64_t vocab) {
   return static_cast<int32_t>(i);
 }
 
-// f(token, rank, weight) for all that may be drawn, in ascending id, until it returns true.
-template <typename F>
-inline void ForEachCandidate(const float* logits, int64_t vocab, float largest, float temperature,
-                             F f) {
-  for (int64_t begin = 0; begin < vocab; begin += kLanes) {
-    const int64_t n = vocab - begin < kLanes ? vocab - begin : kLanes;
-    int32_t ranks[kLanes];
-    float exponents[kLanes] = {}, weights[kLanes];
-    int32_t any = -1;
-    for (int64_t l = 0; l < n; ++l) {
-      ranks[l] = RankOf(logits[begin + l], largest, temperature);
-      exponents[l] = ExponentOf(ranks[l]);
-      any = ranks[l] > any ? ranks[l] : any;
+// Ranks of the n tokens from `logits` on; behind them -1. Returns the lowest, as unsigned.
+inline uint32_t RanksOf(const float* logits, int64_t n, float largest, float temperature,
+                        int32_t (&ranks)[kLanes]) {
+  uint32_t lowest = ~0u;
+  if (n == kLanes) {
+    for (int l = 0; l < kLanes; ++l) ranks[l] = RankOf(logits[l], largest, temperature);
+  } else {
+    for (int l = 0; l < kLanes; ++l) {
+      ranks[l] = l < n ? RankOf(logits[l], largest, temperature) : -1;
     }
-    if (any < 0) continue;
+  }
+  for (const int32_t rank : ranks) {
+    const auto place = static_cast<uint32_t>(rank);
+    lowest = place < lowest ? place : lowest;
+  }
+  return lowest;
+}
+
+// f(token, rank) for all of ranks first .. last, in ascending id.
+template <typename F>
+inline void ForEachRank(const float* logits, int64_t vocab, float largest, float temperature,
+                        int32_t first, int32_t last, F f) {
+  ForEachVector(vocab, [&](int64_t begin, int64_t n) {
+    int32_t ranks[kLanes];
+    if (RanksOf(logits + begin, n, largest, temperature, ranks) > static_cast<uint32_t>(last)) {
+      return;
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      if (ranks[l] >= first && ranks[l] <= last) f(static_cast<int32_t>(begin + l), ranks[l]);
+    }
+  });
+}
+
+// f(token, rank, weight) for all up to rank `last` that may be drawn, in ascending id, until it
+// returns true.
+template <typename F>
+inline void ForEachWeight(const float* logits, int64_t vocab, float largest, float temperature,
+                          int32_t last, F f) {
+  for (int64_t begin = 0; begin < vocab; begin += kLanes) {
+    int32_t ranks[kLanes];
+    const int64_t n = vocab - begin < kLanes ? vocab - begin : kLanes;
+    if (RanksOf(logits + begin, n, largest, temperature, ranks) > static_cast<uint32_t>(last)) {
+      continue;
+    }
+    float exponents[kLanes], weights[kLanes];
+    for (int l = 0; l < kLanes; ++l) exponents[l] = ExponentOf(ranks[l]);
     Store(Exp(Load(exponents)) / Set1(kWeightUnit), weights);
-    for (int64_t l = 0; l < n; ++l) {
-      if (ranks[l] < 0) continue;
+    for (int l = 0; l < kLanes; ++l) {
+      if (ranks[l] < 0 || ranks[l] > last) continue;
       const auto token = static_cast<int32_t>(begin + l);
       if (f(token, ranks[l], static_cast<uint64_t>(weights[l]))) return;
     }
@@ -76,7 +107,7 @@ class Sampler {
     std::memset(&counts_, 0, sizeof(counts_));
     RankCut cut = {kNumRanks, 0, 0};
     int64_t candidates = 0;
-    ForEach([&](int32_t, int32_t rank, uint64_t weight) {
+    ForEachUpTo(kNumRanks, [&](int32_t, int32_t rank, uint64_t weight) {
       ++counts_.counts[rank / kRanksOfBin];
       counts_.weights[rank / kRanksOfBin] += weight;
       cut.weight += weight;
@@ -92,16 +123,15 @@ class Sampler {
 
  private:
   template <typename F>
-  void ForEach(F f) const {
-    ForEachCandidate(logits_, vocab_, largest_, params_.temperature, f);
+  void ForEachUpTo(int32_t last, F f) const {
+    ForEachWeight(logits_, vocab_, largest_, params_.temperature, last, f);
   }
 
   void CountRanksOf(int32_t bin) {
     std::memset(counts_.of_ranks, 0, sizeof(counts_.of_ranks));
-    ForEach([&](int32_t, int32_t rank, uint64_t) {
-      if (rank / kRanksOfBin == bin) ++counts_.of_ranks[rank % kRanksOfBin];
-      return false;
-    });
+    ForEachRank(logits_, vocab_, largest_, params_.temperature, bin * kRanksOfBin,
+                bin * kRanksOfBin + kRanksOfBin - 1,
+                [&](int32_t, int32_t rank) { ++counts_.of_ranks[rank % kRanksOfBin]; });
   }
 
   // The first `count` candidates, of which there are more.
@@ -146,7 +176,7 @@ class Sampler {
         static_cast<uint64_t>(static_cast<unsigned __int128>(params_.random) * cut.weight >> 64);
     int64_t ties = cut.ties;
     int32_t drawn = 0;
-    ForEach([&](int32_t token, int32_t rank, uint64_t weight) {
+    ForEachUpTo(cut.rank, [&](int32_t token, int32_t rank, uint64_t weight) {
       const bool kept = cut.Keeps(rank) || (rank == cut.rank && ties-- > 0);
       if (!kept) return false;
       if (left < weight) {
