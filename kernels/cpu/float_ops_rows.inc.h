@@ -1,6 +1,8 @@
 // Ops that walk rows once: norms, quantization, activations, copies.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cpu/float_ops_common.inc.h"
 #include "kernels/cpu/simd_narrow.h"
 
@@ -15,13 +17,27 @@ inline void ForEachRow(int64_t num_rows, int64_t work, Executor& executor, F bod
   });
 }
 
+// The sum of value(begin, count), 16 elements each, in 64 lanes; those behind count are 0.
+template <typename F>
+inline float SumOfRow(int64_t dim, F value) {
+  constexpr int kVectors = 4;
+  F32x16 sums[kVectors] = {Zero(), Zero(), Zero(), Zero()};
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= dim; i += kVectors * kLanes) {
+    for (int v = 0; v < kVectors; ++v) sums[v] = sums[v] + value(i + v * kLanes, int64_t{kLanes});
+  }
+  for (int v = 0; i < dim; ++v, i += kLanes) {
+    sums[v] = sums[v] + value(i, std::min<int64_t>(kLanes, dim - i));
+  }
+  return Sum((sums[0] + sums[2]) + (sums[1] + sums[3]));
+}
+
 inline float InverseRms(const float* x, int64_t dim, float eps) {
-  F32x16 squares = Zero();
-  ForEachVector(dim, [&](int64_t i, int64_t n) {
+  const float squares = SumOfRow(dim, [&](int64_t i, int64_t n) {
     const F32x16 v = LoadN(x + i, n);
-    squares = squares + v * v;
+    return v * v;
   });
-  return 1.0f / Sqrt(Sum(squares) / static_cast<float>(dim) + eps);
+  return 1.0f / Sqrt(squares / static_cast<float>(dim) + eps);
 }
 
 // `out` may be x.
@@ -156,9 +172,8 @@ inline void QuantizeRow8(const RowValues& values, const QuantizedRows& out, int6
 inline void QuantizeRow4(const RowValues& values, const QuantizedRows& out, int64_t row,
                          float* normed) {
   constexpr float kSqrt7 = 2.6457513f;
-  F32x16 sum = Zero();
-  ForEachVector(out.dim, [&](int64_t i, int64_t n) { sum = sum + Abs(values(i, n)); });
-  const float mean = Sum(sum) / static_cast<float>(out.dim);
+  const float sum = SumOfRow(out.dim, [&](int64_t i, int64_t n) { return Abs(values(i, n)); });
+  const float mean = sum / static_cast<float>(out.dim);
   const F32x16 divisor = Set1(mean + 1e-5f);
   out.scales[row] = mean / kSqrt7;
   StoreCodes(values, out, row, normed,

@@ -97,7 +97,7 @@ __device__ inline void ScorePage(const PageTask& task, BlockMemory<kElements>& m
 template <int kElements>
 __device__ inline void ScoreFirst(const PageTask& task, BlockMemory<kElements>& memory) {
   for (int h = 0; h < task.heads; ++h) {
-    const float score = LaneSum(task.head_dim, [&](int64_t d) {
+    const float score = LaneSum<kLanes>(task.head_dim, [&](int64_t d) {
       return memory.queries[d][h] * FromBf16(task.first_key[d]);
     });
     if (threadIdx.x == 0) memory.weights[0][h] = score * task.scale;

@@ -16,6 +16,7 @@ namespace ternion::kernels {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kRowLanes = 64;  // of what norms and quantization sum up over a row
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kFullWarp = ~0u;
@@ -66,34 +67,33 @@ __device__ __forceinline__ void ForEach(int64_t n, F f) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
 }
 
-// The sum of value(i), i < n, in the order of the CPU's sixteen lanes: lane l adds elements
-// 16 i + l in ascending i, then lanes are added pairwise. All threads call it and get the sum.
-template <typename F>
+// The sum of value(i), i < n, in the order of the CPU's lanes, of which there are kNumLanes: lane l
+// adds elements kNumLanes i + l in ascending i, then lanes are added pairwise. All threads call it
+// and get the sum.
+template <int kNumLanes, typename F>
 __device__ inline float LaneSum(int64_t n, F value) {
-  constexpr int kStage = 1024;  // elements at a time; a multiple of kLanes
-  constexpr int kAtOnce = 16;   // loads under way, so that a lane waits for its additions alone
-  __shared__ float stage[kStage];
+  constexpr int kAtOnce = 8;  // loads under way, so that a lane waits for its additions alone
+  __shared__ float lanes[kNumLanes];
   __shared__ float total;
-  float sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kStage) {
-    const int64_t count = n - begin < kStage ? n - begin : kStage;
-    ForEach(count, [&](int64_t i) { stage[i] = value(begin + i); });
-    __syncthreads();
-    if (threadIdx.x < kLanes) {
-      int64_t i = threadIdx.x;
-      for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
-        float terms[kAtOnce];
+  for (int lane = threadIdx.x; lane < kNumLanes; lane += blockDim.x) {
+    float sum = 0;
+    int64_t i = lane;
+    for (; i + (kAtOnce - 1) * kNumLanes < n; i += kAtOnce * kNumLanes) {
+      float terms[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) terms[j] = stage[i + j * kLanes];
+      for (int j = 0; j < kAtOnce; ++j) terms[j] = value(i + j * kNumLanes);
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) sum = sum + terms[j];
-      }
-      for (; i < count; i += kLanes) sum = sum + stage[i];
+      for (int j = 0; j < kAtOnce; ++j) sum = sum + terms[j];
     }
-    __syncthreads();
+    for (; i < n; i += kNumLanes) sum = sum + value(i);
+    lanes[lane] = sum;
   }
+  __syncthreads();
   if (threadIdx.x < kWarp) {
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    static_assert(kNumLanes <= 2 * kWarp);
+    float sum = lanes[threadIdx.x % kNumLanes];
+    if (kNumLanes > kWarp) sum = sum + lanes[threadIdx.x + kWarp];
+    for (int distance = (kNumLanes < kWarp ? kNumLanes : kWarp) / 2; distance > 0; distance /= 2) {
       sum = sum + __shfl_xor_sync(kFullWarp, sum, distance);
     }
     if (threadIdx.x == 0) total = sum;

@@ -7,16 +7,46 @@ namespace {
 
 // ---- CUDA kernels
 
+// Elements of a row that stay in shared memory while a block passes over it several times.
+constexpr int kStagedElements = 8192;
+
+// Makes element(i) of the row, i < dim, all threads together, and keeps it with keep(i, element).
+// Loads of several elements are under way at once, whatever keep writes to.
+template <typename Element, typename Keep>
+__device__ inline void TakeRow(int64_t dim, Element element, Keep keep) {
+  constexpr int kAtOnce = 8;
+  for (int64_t first = threadIdx.x; first < dim; first += int64_t{kAtOnce} * blockDim.x) {
+    decltype(element(first)) elements[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = first + int64_t{j} * blockDim.x;
+      if (i < dim) elements[j] = element(i);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = first + int64_t{j} * blockDim.x;
+      if (i < dim) keep(i, elements[j]);
+    }
+  }
+  __syncthreads();
+}
+
 __device__ inline float InverseRms(const float* x, int64_t dim, float eps) {
-  const float squares = LaneSum(dim, [&](int64_t i) { return x[i] * x[i]; });
+  const float squares = LaneSum<kRowLanes>(dim, [&](int64_t i) { return x[i] * x[i]; });
   return 1.0f / sqrtf(squares / static_cast<float>(dim) + eps);
 }
 
 __global__ void RmsNormKernel(RmsNormArgs args) {
   AwaitOpsBefore();
   const int64_t row = blockIdx.x;
+  __shared__ float stage[kStagedElements];
   const float* x = args.x + row * args.x_stride;
   float* out = args.out + row * args.out_stride;
+  if (args.dim <= kStagedElements) {
+    const auto element = [&](int64_t i) { return x[i]; };
+    TakeRow(args.dim, element, [&](int64_t i, float v) { stage[i] = v; });
+    x = stage;
+  }
   const float scale = InverseRms(x, args.dim, args.eps);
   ForEach(args.dim, [&](int64_t i) { out[i] = x[i] * scale * args.weight[i]; });
 }
@@ -91,7 +121,7 @@ __device__ inline void QuantizeRow8(const RowValues& values, const QuantizedRows
 __device__ inline void QuantizeRow4(const RowValues& values, const QuantizedRows& out, int64_t row,
                                     float* normed) {
   constexpr float kSqrt7 = 2.6457513f;
-  const float sum = LaneSum(out.dim, [&](int64_t i) { return fabsf(values(i)); });
+  const float sum = LaneSum<kRowLanes>(out.dim, [&](int64_t i) { return fabsf(values(i)); });
   const float mean = sum / static_cast<float>(out.dim);
   const float divisor = mean + 1e-5f;
   if (threadIdx.x == 0) out.scales[row] = mean / kSqrt7;
@@ -112,18 +142,35 @@ __device__ inline float Joined(Join join, float x, float y) {
   return join == Join::kAdd ? x + y : join == Join::kSiluTimes ? Silu(x) * y : Relu2Times(x, y);
 }
 
+// The block's row, joined, where all threads may read it.
+__device__ inline const float* JoinedRow(const QuantizeArgs& args, int64_t row, float* stage) {
+  const int64_t dim = args.out.dim, at = row * args.x_stride;
+  const float *const x = args.x + at, *const y = args.y + at;
+  const bool joins = args.join != Join::kNothing, staged = dim <= kStagedElements;
+  float* const joined = joins ? args.joined + at : nullptr;
+  if (!joins && !staged) return x;
+  struct Pair {
+    float x, y;
+  };
+  TakeRow(
+      dim,
+      [&](int64_t i) {
+        return Pair{x[i], joins ? y[i] : 0.0f};
+      },
+      [&](int64_t i, const Pair& pair) {
+        const float value = joins ? Joined(args.join, pair.x, pair.y) : pair.x;
+        if (staged) stage[i] = value;
+        if (joins) joined[i] = value;
+      });
+  return staged ? stage : joined;
+}
+
 __global__ void QuantizeKernel(QuantizeArgs args) {
+  __shared__ float stage[kStagedElements];
   AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.out.dim;
-  const float* x = args.x + row * args.x_stride;
-  if (args.join != Join::kNothing) {
-    const float* const y = args.y + row * args.x_stride;
-    float* const joined = args.joined + row * args.x_stride;
-    ForEach(dim, [&](int64_t i) { joined[i] = Joined(args.join, x[i], y[i]); });
-    __syncthreads();
-    x = joined;
-  }
+  const float* const x = JoinedRow(args, row, stage);
   RowValues values = {x, args.weight, 0};
   if (args.weight != nullptr) values.inverse_rms = InverseRms(values.x, dim, args.eps);
   float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;

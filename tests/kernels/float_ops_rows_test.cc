@@ -16,7 +16,8 @@ struct Shape {
   int64_t rows;
   int64_t dim;
 };
-const Shape kShapes[] = {{1, 1}, {2, 15}, {3, 16}, {5, 17}, {1, 64}, {7, 100}, {40, 2049}};
+const Shape kShapes[] = {{1, 1},  {2, 15},  {3, 16},    {5, 17},
+                         {1, 64}, {7, 100}, {40, 2049}, {1, 9000}};
 
 std::vector<double> NormReference(const std::vector<float>& x, const std::vector<float>& weight,
                                   const Shape& shape, int64_t stride, double eps) {
@@ -97,16 +98,16 @@ float FloatAt(const std::vector<int32_t>& values, size_t i) {
   return value;
 }
 
-// The rules of QuantizeArgs, one element at a time. The sum behind the mean is summed in 16 lanes.
+// The rules of QuantizeArgs, one element at a time. The sum behind the mean is summed in 64 lanes.
 void QuantizeReference(const float* x, int64_t dim, int bits, std::vector<int32_t>* codes,
                        float* scale) {
   float absmax = 1e-5f;
-  float lanes[16] = {};
+  float lanes[64] = {};
   for (int64_t c = 0; c < dim; ++c) {
     absmax = std::max(absmax, std::abs(x[c]));
-    lanes[c % 16] += std::abs(x[c]);
+    lanes[c % 64] += std::abs(x[c]);
   }
-  for (int half = 8; half > 0; half /= 2) {
+  for (int half = 32; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
   const float mean = lanes[0] / static_cast<float>(dim);
