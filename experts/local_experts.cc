@@ -37,7 +37,7 @@ LocalExperts::LocalExperts(int64_t max_rows, int top_k, int num_experts, int64_t
       order_(max_rows * top_k, memory),
       places_(max_rows * top_k, memory),
       begin_(num_experts + 1, memory),
-      gathered_(max_rows * top_k, hidden, memory),
+      used_(num_experts, memory),
       gate_(max_rows * top_k * intermediate, memory),
       up_(max_rows * top_k * intermediate, memory),
       inner_(max_rows * top_k, intermediate, memory),
@@ -53,16 +53,19 @@ void LocalExperts::Run(const kernels::Kernels& kernels, kernels::Executor& execu
                         .order = order_.data(),
                         .places = places_.data(),
                         .begin = begin_.data(),
+                        .used = used_.data(),
                         .num_routes = num_routes,
                         .num_experts = num_experts_},
                        executor);
-  const kernels::QuantizedRows x = gathered_.rows(num_routes);
-  kernels.gather_routes({codes, order_.data(), x, choice.top_k}, executor);
   kernels.expert_matmul(
-      {.x = x,
+      {.x = codes,
        .matrices = {{tables.gate.data(), gate_.data()}, {tables.up.data(), up_.data()}},
        .num_matrices = 2,
+       .order = order_.data(),
+       .k = choice.top_k,
+       .num_routes = num_routes,
        .begin = begin_.data(),
+       .used = used_.data(),
        .rows = config.intermediate,
        .num_experts = num_experts_,
        .layout = tables.layout},
@@ -71,7 +74,9 @@ void LocalExperts::Run(const kernels::Kernels& kernels, kernels::Executor& execu
   ActivateFfn(kernels, executor, config, gate_.data(), up_.data(), inner);
   kernels.expert_matmul({.x = inner,
                          .matrices = {{tables.down.data(), y_.data()}},
+                         .num_routes = num_routes,
                          .begin = begin_.data(),
+                         .used = used_.data(),
                          .rows = config.hidden,
                          .num_experts = num_experts_,
                          .layout = tables.layout},

@@ -48,7 +48,7 @@ class LocalExperts {
   base::Array<float> weights_;           // likewise
   base::Array<int32_t> order_, places_;  // [max_rows * top_k]
   base::Array<int32_t> begin_;           // [num_experts + 1]
-  kernels::QuantizedBuffer gathered_;    // [max_rows * top_k, hidden]
+  base::Array<int32_t> used_;            // [num_experts]
   base::Array<float> gate_, up_;         // [max_rows * top_k, intermediate]
   kernels::QuantizedBuffer inner_;       // [max_rows * top_k, intermediate]
   base::Array<float> y_;                 // [max_rows * top_k, hidden]

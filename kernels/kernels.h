@@ -294,7 +294,7 @@ struct AddRowsArgs {
   int64_t dim = 0;
 };
 
-// The four ops below take rows through experts that are all here, without the host knowing which.
+// The three ops below take rows through experts that are all here, without the host knowing which.
 // A route is one of the k choices of a row; route r is of row r / k. Null in tables of CPUs, whose
 // host sees for itself.
 
@@ -304,29 +304,27 @@ struct GroupRoutesArgs {
   int32_t* order = nullptr;          // [num_routes] routes as sorted
   int32_t* places = nullptr;         // [num_routes] where each stands in `order`
   int32_t* begin = nullptr;          // [num_experts + 1] where each expert's begin there
+  int32_t* used = nullptr;           // [num_experts] those with routes, ascending, then -1
   int64_t num_routes = 0;
   int num_experts = 0;
 };
 
-// out[i] = x[order[i] / k], codes, scales and sums.
-struct GatherRoutesArgs {
-  QuantizedRows x;
-  const int32_t* order = nullptr;  // [out.num_rows]
-  QuantizedRows out;
-  int k = 0;
-};
-
-// ternary_matmul with a group for each expert and each of its one or two matrices: the expert's
-// rows of x are begin[e] .. begin[e + 1] - 1, and so are those of y.
+// ternary_matmul with a group for each expert and each of its one or two matrices. Rows of y are
+// routes as sorted, those of expert e are begin[e] .. begin[e + 1] - 1; row i is made of row i of
+// x, or of row order[i] / k.
 struct ExpertMatrices {
   const TernaryMatrix* weights = nullptr;  // [num_experts], all [rows, x.dim] in `layout`
-  float* y = nullptr;                      // [x.num_rows, rows]
+  float* y = nullptr;                      // [num_routes, rows]
 };
 struct ExpertMatmulArgs {
   QuantizedRows x;
   ExpertMatrices matrices[2];
   int num_matrices = 1;
+  const int32_t* order = nullptr;  // [num_routes], or null
+  int k = 1;
+  int64_t num_routes = 0;
   const int32_t* begin = nullptr;  // [num_experts + 1]
+  const int32_t* used = nullptr;   // [num_experts] as GroupRoutesArgs has it
   int64_t rows = 0;
   int num_experts = 0;
   TernaryLayout layout = TernaryLayout::kTiles;
@@ -411,7 +409,6 @@ struct Kernels {
   void (*zero)(const ZeroArgs&, Executor&) = nullptr;
   void (*copy)(const CopyArgs&, Executor&) = nullptr;
   void (*group_routes)(const GroupRoutesArgs&, Executor&) = nullptr;
-  void (*gather_routes)(const GatherRoutesArgs&, Executor&) = nullptr;
   void (*expert_matmul)(const ExpertMatmulArgs&, Executor&) = nullptr;
   void (*sum_routes)(const SumRoutesArgs&, Executor&) = nullptr;
   // Ops that `calls` calls are recorded, not done; it waits for none and allocates nothing. Null

@@ -72,13 +72,17 @@ struct DeviceBench::Operands {
         x(c.rows(), c.inputs, memory),
         y(c.rows() * c.outputs, memory),
         matrices(num_calls * c.num_experts),
-        begin(num_calls * (c.num_experts + 1)) {}
+        begin(num_calls * (c.num_experts + 1)),
+        used(num_calls * c.num_experts) {
+    std::fill_n(used.data(), used.size(), -1);
+  }
 
   const TernaryLayout layout;
   kernels::QuantizedBuffer x;
   base::Array<float> y;
   base::Array<TernaryMatrix> matrices;  // [calls, experts]
   base::Array<int32_t> begin;           // [calls, experts + 1]
+  base::Array<int32_t> used;            // [calls, experts]
   int64_t used_matrices = 0;            // over all calls, those of experts with rows
 };
 
@@ -105,7 +109,9 @@ void DeviceBench::Call(const MatmulCase& c, Operands& operands, int64_t call) {
                                   operands.y.data()};
   kernels_.expert_matmul({.x = x,
                           .matrices = {experts},
+                          .num_routes = c.rows(),
                           .begin = operands.begin.data() + call * (c.num_experts + 1),
+                          .used = operands.used.data() + call * c.num_experts,
                           .rows = c.outputs,
                           .num_experts = c.num_experts,
                           .layout = operands.layout},
@@ -152,13 +158,16 @@ absl::StatusOr<DeviceBench::Result> DeviceBench::Run(const MatmulCase& c, Ternar
   for (int64_t call = 0; call < calls; ++call) {
     const std::vector<int64_t> rows = RandomRowsPerExpert(c, rng_);
     int32_t* begin = operands.begin.data() + call * (c.num_experts + 1);
+    int32_t* used = operands.used.data() + call * c.num_experts;
     for (int e = 0; e < c.num_experts; ++e) {
       begin[e + 1] = begin[e] + static_cast<int32_t>(rows[e]);
       operands.used_matrices += rows[e] > 0;
+      if (rows[e] > 0) *used++ = e;
       if (c.num_experts > 1) operands.matrices[call * c.num_experts + e] = NextMatrix(c, layout);
     }
   }
   operands.begin.MoveTo(*executor_.memory);
+  operands.used.MoveTo(*executor_.memory);
   operands.matrices.MoveTo(*executor_.memory);
   const QuantizedRows x = operands.x.rows(c.rows());
   std::vector<uint64_t> codes(base::CeilDiv(x.num_rows * x.stride, int64_t{8}));

@@ -32,7 +32,7 @@ __device__ inline int32_t BlockScan(int32_t value, int32_t* total) {
 __global__ void GroupRoutesKernel(GroupRoutesArgs args) {
   AwaitOpsBefore();
   const int32_t num_routes = static_cast<int32_t>(args.num_routes);
-  int32_t first = 0;
+  int32_t first = 0, num_used = 0;
   for (int base = 0; base < args.num_experts; base += static_cast<int>(blockDim.x)) {
     const int expert = base + static_cast<int>(threadIdx.x);
     const bool inside = expert < args.num_experts;
@@ -41,7 +41,10 @@ __global__ void GroupRoutesKernel(GroupRoutesArgs args) {
     int32_t total;
     int32_t place = first + BlockScan(count, &total);
     first += total;
+    const int32_t place_in_used = num_used + BlockScan(count > 0, &total);
+    num_used += total;
     if (!inside) continue;
+    if (count > 0) args.used[place_in_used] = expert;
     args.begin[expert] = place;
     for (int32_t r = 0; count > 0; ++r) {
       if (args.experts[r] != expert) continue;
@@ -51,18 +54,7 @@ __global__ void GroupRoutesKernel(GroupRoutesArgs args) {
     }
   }
   if (threadIdx.x == 0) args.begin[args.num_experts] = num_routes;
-}
-
-__global__ void GatherRoutesKernel(GatherRoutesArgs args) {
-  AwaitOpsBefore();
-  const int64_t row = blockIdx.x;
-  const int64_t source = args.order[row] / args.k;
-  const int4* in = reinterpret_cast<const int4*>(args.x.codes + source * args.x.stride);
-  int4* out = reinterpret_cast<int4*>(args.out.codes + row * args.out.stride);
-  ForEach(args.out.stride / static_cast<int64_t>(sizeof(int4)), [&](int64_t i) { out[i] = in[i]; });
-  if (threadIdx.x != 0) return;
-  args.out.scales[row] = args.x.scales[source];
-  args.out.sums[row] = args.x.sums[source];
+  ForEach(args.num_experts - num_used, [&](int64_t i) { args.used[num_used + i] = -1; });
 }
 
 constexpr int kMaxTopK = 64;
@@ -97,11 +89,6 @@ namespace cuda {
 
 void GroupRoutes(const GroupRoutesArgs& args, Executor& executor) {
   Launch(GroupRoutesKernel, 1, ThreadsFor(args.num_experts, 1024), executor, args);
-}
-
-void GatherRoutes(const GatherRoutesArgs& args, Executor& executor) {
-  Launch(GatherRoutesKernel, Blocks(args.out.num_rows), ThreadsFor(args.out.stride / 16), executor,
-         args);
 }
 
 void SumRoutes(const SumRoutesArgs& args, Executor& executor) {

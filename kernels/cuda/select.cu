@@ -67,7 +67,6 @@ constexpr Kernels kTable = {
     .zero = cuda::Zero,
     .copy = Copy,
     .group_routes = cuda::GroupRoutes,
-    .gather_routes = cuda::GatherRoutes,
     .expert_matmul = cuda::ExpertMatmul,
     .sum_routes = cuda::SumRoutes,
     .record = Record,

@@ -1,6 +1,8 @@
 // The ternary product, over tiles (kernels/ternary.h): codes 0, 1, 2 are multiplied as they are,
 // and the row's sum of activations is subtracted once. Here that of few rows, which is done when
 // the weights were read; many rows go to ternary_tiles.cu.
+#include <algorithm>
+
 #include "kernels/cuda/ternary_schedule.h"
 #include "kernels/cuda/ternary_weights.cuh"
 #include "kernels/cuda/variants.h"
@@ -14,43 +16,92 @@ constexpr int kMatmulThreads = 256;
 constexpr int kMatmulWarps = kMatmulThreads / kWarp;
 constexpr int kProductRows = 8;  // rows of x in one product of a warp
 constexpr int kMaxProducts = 4;  // that share their weights
+constexpr int kRing = 8;         // units of weights that a warp works on or waits for
 
-// What each warp adds to the sums of a panel.
-using SumsOfWarps = int32_t[kMatmulWarps][kMaxProducts * kProductRows][kPanelRows];
+// Of a block that multiplies up to kProducts * kProductRows rows at a time.
+template <typename Weights, int kProducts>
+struct PanelMemory {
+  typename Weights::Unit ring[kMatmulWarps][kRing];
+  int32_t sums[kMatmulWarps][kProducts * kProductRows][kPanelRows];  // what each warp adds
+};
 
-// One panel times N * kProductRows rows of x from `first` on, some of which may lie behind the
-// group's last. The block's warps share the columns.
-template <typename Weights, int N>
-__device__ inline void PanelTimesRows(const QuantizedRows& x, const TernaryGroup& group,
-                                      int64_t panel, int64_t first, SumsOfWarps& of_warps) {
+// Copies a warp's share of a panel, every kMatmulWarps-th unit, ahead of time: what is under way
+// does not wait for registers, and memory is so far away that each multiprocessor should have some
+// 30 KiB of it on their way.
+template <typename Weights>
+class PanelCopier {
+ public:
+  using Unit = typename Weights::Unit;
+
+  __device__ PanelCopier(const TernaryMatrix& weights, int panel, Unit (*rings)[kRing])
+      : ring_(rings[threadIdx.x / kWarp]),
+        panel_bytes_(static_cast<int>(weights.stride_bytes())),
+        panel_(weights.codes + int64_t{panel} * panel_bytes_) {}
+
+  // Weights may be asked for before ops are done that come first: none writes any.
+  __device__ void Begin() const {
+#pragma unroll
+    for (int i = 0; i < kRing - 1; ++i) Start(i);
+  }
+  // The warp's i-th unit, for each i in turn and all lanes together.
+  __device__ __forceinline__ const Unit& Wait(int i) const {
+    WaitForCopies<kRing - 2>();
+    __syncwarp();  // so have the other lanes, and they are done with the unit before
+    Start(i + kRing - 1);
+    return ring_[i % kRing];
+  }
+
+ private:
+  __device__ __forceinline__ void Start(int i) const {
+    const int lane = threadIdx.x % kWarp, unit = threadIdx.x / kWarp + i * kMatmulWarps;
+    const int at = lane * static_cast<int>(sizeof(uint4));
+    const int from = unit * static_cast<int>(sizeof(Unit)) + at;
+    if (at < static_cast<int>(sizeof(Unit)) && from < panel_bytes_) {
+      StartCopy<sizeof(uint4)>(panel_ + from, reinterpret_cast<uint8_t*>(&ring_[i % kRing]) + at);
+    }
+    EndCopies();
+  }
+
+  Unit* const ring_;
+  const int panel_bytes_;
+  const uint8_t* const panel_;
+};
+
+// One panel times N * kProductRows rows from `first` on, some of which may lie behind the group's
+// last. The block's warps share the columns.
+template <int N, typename Weights, typename Memory>
+__device__ inline void PanelTimesRows(const QuantizedRows& x, const RowMap& rows,
+                                      const TernaryGroup& group, int64_t panel, int64_t first,
+                                      const PanelCopier<Weights>& copier, Memory& memory) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / 4, q = lane % 4;
-  const int64_t num_blocks = base::CeilDiv(group.weights.columns, Weights::kColumns);
-  const int64_t last_step = (group.weights.columns - 1) / kTileColumns;
-  const auto* const blocks =
-      reinterpret_cast<const typename Weights::Block*>(group.weights.codes) + panel * num_blocks;
+  const int num_steps = static_cast<int>(base::CeilDiv(group.weights.columns, kTileColumns));
+  const int num_units = (num_steps + 1) / kUnitSteps, num_whole = num_steps / kUnitSteps;
   const int8_t* codes[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const int64_t row = first + n * kProductRows + g;
-    const int64_t last = group.num_rows - 1;
-    codes[n] = x.codes + (group.row_begin + (row < last ? row : last)) * x.stride + 16 * q;
+    const int64_t row = first + n * kProductRows + g, last = group.num_rows - 1;
+    codes[n] = x.codes + rows(row < last ? row : last) * x.stride + 16 * q;
   }
   int32_t sums[N][4] = {};
-#pragma unroll(4 / Weights::kSteps)
-  for (int64_t b = warp; b < num_blocks; b += kMatmulWarps) {
-    uint32_t a[Weights::kColumns / kProductColumns][4];
-    Weights::Unpack(Weights::WordsOf(blocks[b], lane), a);
+  for (int i = 0, unit = warp; unit < num_units; ++i, unit += kMatmulWarps) {
+    // Rows may end within a unit: what is read in place of the rest is multiplied by 0.
+    const bool half = unit >= num_whole;
+    const int column = unit * kUnitColumns, second = half ? 0 : kTileColumns;
+    uint4 v[kUnitSteps][N];
 #pragma unroll
-    for (int s = 0; s < Weights::kSteps; ++s) {
-      // Rows may end within a block: codes behind are 0, whatever they are multiplied with.
-      const int64_t step = b * Weights::kSteps + s;
-      const int64_t column = (s == 0 || step < last_step ? step : last_step) * kTileColumns;
+    for (int n = 0; n < N; ++n) {
+      v[0][n] = *reinterpret_cast<const uint4*>(codes[n] + column);
+      v[1][n] = *reinterpret_cast<const uint4*>(codes[n] + column + second);
+    }
+    UnitOperands a;
+    Weights::Unpack(copier.Wait(i), lane, half, a);
+#pragma unroll
+    for (int s = 0; s < kUnitSteps; ++s) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const uint4 v = *reinterpret_cast<const uint4*>(codes[n] + column);
-        MultiplyTile(a[2 * s], {v.x, v.y}, sums[n]);
-        MultiplyTile(a[2 * s + 1], {v.z, v.w}, sums[n]);
+        MultiplyTile(a[2 * s], {v[s][n].x, v[s][n].y}, sums[n]);
+        MultiplyTile(a[2 * s + 1], {v[s][n].z, v[s][n].w}, sums[n]);
       }
     }
   }
@@ -58,7 +109,7 @@ __device__ inline void PanelTimesRows(const QuantizedRows& x, const TernaryGroup
   for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      of_warps[warp][n * kProductRows + 2 * q + i % 2][g + i / 2 * 8] = sums[n][i];
+      memory.sums[warp][n * kProductRows + 2 * q + i % 2][g + i / 2 * 8] = sums[n][i];
     }
   }
   __syncthreads();
@@ -66,66 +117,67 @@ __device__ inline void PanelTimesRows(const QuantizedRows& x, const TernaryGroup
     const int64_t r = i / kPanelRows, panel_row = i % kPanelRows;
     const int64_t row = first + r, output = panel * kPanelRows + panel_row;
     if (row >= group.num_rows || output >= group.weights.rows) return;
-    const int64_t x_row = group.row_begin + row;
+    const int64_t x_row = rows(row);
     int32_t sum = -x.sums[x_row];
-    for (int w = 0; w < kMatmulWarps; ++w) sum += of_warps[w][r][panel_row];
+    for (int w = 0; w < kMatmulWarps; ++w) sum += memory.sums[w][r][panel_row];
     group.y[row * group.y_stride + output] =
         static_cast<float>(sum) * (group.weights.scale * x.scales[x_row]);
   });
   __syncthreads();
 }
 
-// Brings the panel closer while ops that make x still run: no op writes weights.
-template <typename Weights>
-__device__ inline void FetchPanel(const TernaryMatrix& weights, int64_t panel) {
-  constexpr int64_t kLine = 128;
-  const int64_t bytes =
-      base::CeilDiv(weights.columns, Weights::kColumns) * sizeof(typename Weights::Block);
-  const uint8_t* const codes = weights.codes + panel * bytes;
-  ForEach(base::CeilDiv(bytes, kLine), [&](int64_t i) { PrefetchLine(codes + i * kLine); });
-}
-
-// A block's panel times all rows of the group.
-template <typename Weights>
-__device__ inline void PanelTimesGroup(const QuantizedRows& x, const TernaryGroup& group,
-                                       int64_t panel) {
-  __shared__ SumsOfWarps of_warps;
-  for (int64_t row = 0; row < group.num_rows; row += kMaxProducts * kProductRows) {
+// A block's panel times all rows of the group; the copier has begun.
+template <int kProducts, typename Weights, typename Memory>
+__device__ inline void PanelTimesGroup(const QuantizedRows& x, const RowMap& rows,
+                                       const TernaryGroup& group, int64_t panel,
+                                       const PanelCopier<Weights>& copier, Memory& memory) {
+  for (int64_t row = 0; row < group.num_rows; row += kProducts * kProductRows) {
     const int64_t left = group.num_rows - row;
-    if (left <= kProductRows) {
-      PanelTimesRows<Weights, 1>(x, group, panel, row, of_warps);
+    if (row > 0) copier.Begin();
+    if (kProducts == 1 || left <= kProductRows) {
+      PanelTimesRows<1>(x, rows, group, panel, row, copier, memory);
     } else if (left <= 2 * kProductRows) {
-      PanelTimesRows<Weights, 2>(x, group, panel, row, of_warps);
+      PanelTimesRows<2>(x, rows, group, panel, row, copier, memory);
     } else {
-      PanelTimesRows<Weights, kMaxProducts>(x, group, panel, row, of_warps);
+      PanelTimesRows<kMaxProducts>(x, rows, group, panel, row, copier, memory);
     }
   }
 }
 
-// A block per panel and group.
-template <typename Weights>
-__global__ void __launch_bounds__(kMatmulThreads, 2)
+// With one product at a time there are registers for twice as many blocks.
+constexpr int BlocksOfMultiprocessor(int products) { return products == 1 ? 4 : 2; }
+
+// A block per panel of each group.
+template <typename Weights, int kProducts>
+__global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProducts))
     TernaryMatmulKernel(QuantizedRows x, TernaryGroups groups) {
-  const TernaryGroup& group = groups.group[blockIdx.y];
-  const bool has_panel = blockIdx.x < group.weights.num_panels();
-  if (has_panel) FetchPanel<Weights>(group.weights, blockIdx.x);
+  __shared__ PanelMemory<Weights, kProducts> memory;
+  const TernaryGroups::Panel at = groups.PanelAt(static_cast<int>(blockIdx.x));
+  const TernaryGroup& group = groups.group[at.group];
+  const PanelCopier<Weights> copier(group.weights, at.panel, memory.ring);
+  copier.Begin();
   AwaitOpsBefore();
-  if (has_panel) PanelTimesGroup<Weights>(x, group, blockIdx.x);
+  PanelTimesGroup<kProducts>(x, RowMap{group.row_begin}, group, at.panel, copier, memory);
 }
 
-// A block per panel, expert and matrix.
-template <typename Weights>
-__global__ void __launch_bounds__(kMatmulThreads, 2) ExpertMatmulKernel(ExpertMatmulArgs args) {
+// A block per panel, expert that has rows, and matrix.
+template <typename Weights, int kProducts>
+__global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProducts))
+    ExpertMatmulKernel(ExpertMatmulArgs args) {
+  __shared__ PanelMemory<Weights, kProducts> memory;
   AwaitOpsBefore();
-  const int32_t begin = args.begin[blockIdx.y], end = args.begin[blockIdx.y + 1];
-  if (begin == end) return;
+  const int32_t expert = args.used[blockIdx.y];
+  if (expert < 0) return;
   const ExpertMatrices& of = args.matrices[blockIdx.z];
-  const TernaryGroup group = {.weights = of.weights[blockIdx.y],
-                              .row_begin = begin,
-                              .num_rows = end - begin,
+  const int64_t begin = args.begin[expert];
+  const TernaryGroup group = {.weights = of.weights[expert],
+                              .num_rows = args.begin[expert + 1] - begin,
                               .y = of.y + begin * args.rows,
                               .y_stride = args.rows};
-  PanelTimesGroup<Weights>(args.x, group, blockIdx.x);
+  const PanelCopier<Weights> copier(group.weights, static_cast<int>(blockIdx.x), memory.ring);
+  copier.Begin();
+  const RowMap rows = {begin, args.order, args.k};
+  PanelTimesGroup<kProducts>(args.x, rows, group, blockIdx.x, copier, memory);
 }
 
 }  // namespace
@@ -138,15 +190,19 @@ namespace cuda {
 // may be too few for the GPU, and of an expert on average, of which there are many.
 constexpr int64_t kManyRows = 64;
 constexpr int64_t kManyRowsOfExpert = 32;
+// Up to so many on average, few experts have more than one product's.
+constexpr int64_t kFewRowsOfExpert = 4;
 
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
   const auto many = [](const TernaryGroup& group) { return group.num_rows >= kManyRows; };
   const auto few = [](const TernaryGroup& group) { return group.num_rows < kManyRows; };
   ForGroups(args.groups, few, [&](const TernaryGroups& groups) {
-    const dim3 grid(Blocks(groups.max_panels), Blocks(groups.count));
     WithWeights(groups.group[0].weights.layout, [&](auto weights) {
-      Launch(TernaryMatmulKernel<decltype(weights)>, grid, kMatmulThreads, executor, args.x,
-             groups);
+      using Weights = decltype(weights);
+      const auto kernel = groups.max_rows <= kProductRows
+                              ? TernaryMatmulKernel<Weights, 1>
+                              : TernaryMatmulKernel<Weights, kMaxProducts>;
+      Launch(kernel, Blocks(groups.num_panels()), kMatmulThreads, executor, args.x, groups);
     });
   });
   ForGroups(args.groups, many, [&](const TernaryGroups& groups) {
@@ -158,15 +214,20 @@ void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor) {
 
 void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor) {
   const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
-  if (args.x.num_rows == 0) return;
-  if (args.x.num_rows < kManyRowsOfExpert * args.num_experts) {
-    const dim3 grid(Blocks(panels), Blocks(args.num_experts), Blocks(args.num_matrices));
+  if (args.num_routes == 0) return;
+  if (args.num_routes < kManyRowsOfExpert * args.num_experts) {
+    const int64_t most_used = std::min<int64_t>(args.num_routes, args.num_experts);
+    const dim3 grid(Blocks(panels), Blocks(most_used), Blocks(args.num_matrices));
     return WithWeights(args.layout, [&](auto weights) {
-      Launch(ExpertMatmulKernel<decltype(weights)>, grid, kMatmulThreads, executor, args);
+      using Weights = decltype(weights);
+      const auto kernel = args.num_routes <= kFewRowsOfExpert * args.num_experts
+                              ? ExpertMatmulKernel<Weights, 1>
+                              : ExpertMatmulKernel<Weights, kMaxProducts>;
+      Launch(kernel, grid, kMatmulThreads, executor, args);
     });
   }
   const int64_t tiles = base::CeilDiv(panels, kTilePanels) * args.num_matrices *
-                        NumTileSlots(args.x.num_rows, args.num_experts, kMaxTileRows);
+                        NumTileSlots(args.num_routes, args.num_experts, kMaxTileRows);
   ExpertTiles(args, TileRowsFor(tiles), executor);
 }
 

@@ -14,9 +14,21 @@ namespace ternion::kernels {
 struct TernaryGroups {
   static constexpr int kMax = 32;
   TernaryGroup group[kMax];
+  int32_t end_panel[kMax] = {};  // of the groups' panels, one behind the other
   int count = 0;
   int64_t max_panels = 0;  // of a group
   int64_t max_rows = 0;    // of x
+
+  struct Panel {
+    int group = 0;
+    int32_t panel = 0;  // of the group
+  };
+  constexpr int32_t num_panels() const { return end_panel[count - 1]; }
+  constexpr Panel PanelAt(int32_t i) const {
+    int g = 0;
+    while (i >= end_panel[g]) ++g;
+    return {g, g == 0 ? i : i - end_panel[g - 1]};
+  }
 };
 
 // launch(groups) until all groups that `wanted` says yes to have been in one.
@@ -28,6 +40,8 @@ void ForGroups(std::span<const TernaryGroup> left, Wanted wanted, Launch launch)
       const TernaryGroup& group = left.front();
       if (group.num_rows == 0 || !wanted(group)) continue;
       const int64_t panels = group.weights.num_panels();
+      const int32_t end = static_cast<int32_t>(panels);
+      groups.end_panel[groups.count] = groups.count == 0 ? end : groups.num_panels() + end;
       groups.group[groups.count++] = group;
       groups.max_panels = panels > groups.max_panels ? panels : groups.max_panels;
       groups.max_rows = group.num_rows > groups.max_rows ? group.num_rows : groups.max_rows;
@@ -35,6 +49,18 @@ void ForGroups(std::span<const TernaryGroup> left, Wanted wanted, Launch launch)
     if (groups.count > 0) launch(groups);
   }
 }
+
+// Which row of x a product's row is: those from `first` on, or the rows that the routes from there
+// on are of (ExpertMatmulArgs).
+struct RowMap {
+  int64_t first = 0;
+  const int32_t* order = nullptr;
+  int k = 1;
+
+  constexpr int64_t operator()(int64_t row) const {
+    return order == nullptr ? first + row : order[first + row] / k;
+  }
+};
 
 // A tile is kTilePanels panels times some rows of x.
 inline constexpr int kTilePanels = 8;

@@ -46,7 +46,7 @@ __device__ inline int64_t OwnPanel() {
 template <typename Weights, int N>
 class TileCopier {
  public:
-  __device__ TileCopier(const QuantizedRows& x, const TernaryGroup& tile)
+  __device__ TileCopier(const QuantizedRows& x, const RowMap& rows, const TernaryGroup& tile)
       : num_steps_(static_cast<int>(base::CeilDiv(tile.weights.columns, kTileColumns))) {
     const int64_t panel = OwnPanel(), last_panel = tile.weights.num_panels() - 1;
     weights_ = tile.weights.codes +
@@ -55,7 +55,7 @@ class TileCopier {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int64_t row = RowOfCopy(i), last = tile.num_rows - 1;
-      x_[i] = x.codes + (tile.row_begin + (row < last ? row : last)) * x.stride + 16 * OwnChunk();
+      x_[i] = x.codes + rows(row < last ? row : last) * x.stride + 16 * OwnChunk();
     }
   }
 
@@ -205,8 +205,8 @@ __device__ __forceinline__ void StoreTile(const TileMemory& memory,
 }
 
 template <typename Weights, int N>
-__device__ inline void TileProduct(const QuantizedRows& x, const TernaryGroup& tile,
-                                   TileMemory& memory) {
+__device__ inline void TileProduct(const QuantizedRows& x, const RowMap& rows,
+                                   const TernaryGroup& tile, TileMemory& memory) {
   if (threadIdx.x == 0) {
     memory.y = tile.y;
     memory.y_stride = static_cast<int>(tile.y_stride);
@@ -214,32 +214,33 @@ __device__ inline void TileProduct(const QuantizedRows& x, const TernaryGroup& t
     memory.num_outputs = tile.weights.rows;
   }
   ForEach(tile.num_rows, [&](int64_t row) {
-    memory.scales[row] = tile.weights.scale * x.scales[tile.row_begin + row];
-    memory.sums[row] = x.sums[tile.row_begin + row];
+    const int64_t x_row = rows(row);
+    memory.scales[row] = tile.weights.scale * x.scales[x_row];
+    memory.sums[row] = x.sums[x_row];
   });
   int32_t sums[N / 8][4] = {};
-  MultiplySteps(TileCopier<Weights, N>(x, tile), reinterpret_cast<Stage<Weights, N>*>(memory.ring),
-                sums);
+  MultiplySteps(TileCopier<Weights, N>(x, rows, tile),
+                reinterpret_cast<Stage<Weights, N>*>(memory.ring), sums);
   StoreTile<N>(memory, sums);
 }
 
-// The block's panels times rows `first` .. first + num_rows - 1 of the group.
+// The block's panels times rows `first` .. first + num_rows - 1 of the group, which `rows` begins
+// with.
 template <typename Weights>
-__device__ inline void PanelsTimesRows(const QuantizedRows& x, const TernaryGroup& group,
-                                       int64_t first, int64_t num_rows) {
+__device__ inline void PanelsTimesRows(const QuantizedRows& x, const RowMap& rows,
+                                       const TernaryGroup& group, int64_t first, int64_t num_rows) {
   __shared__ TileMemory memory;
   TernaryGroup tile = group;
-  tile.row_begin += first;
   tile.num_rows = num_rows;
   tile.y += first * group.y_stride;
   if (num_rows <= 32) {
-    TileProduct<Weights, 32>(x, tile, memory);
+    TileProduct<Weights, 32>(x, rows, tile, memory);
   } else if (num_rows <= 64) {
-    TileProduct<Weights, 64>(x, tile, memory);
+    TileProduct<Weights, 64>(x, rows, tile, memory);
   } else if (num_rows <= 96) {
-    TileProduct<Weights, 96>(x, tile, memory);
+    TileProduct<Weights, 96>(x, rows, tile, memory);
   } else {
-    TileProduct<Weights, 128>(x, tile, memory);
+    TileProduct<Weights, 128>(x, rows, tile, memory);
   }
 }
 
@@ -251,7 +252,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   const TernaryGroup& group = groups.group[blockIdx.z];
   const int64_t first = int64_t{blockIdx.y} * tile_rows, left = group.num_rows - first;
   if (left <= 0 || int64_t{blockIdx.x} * kTilePanels >= group.weights.num_panels()) return;
-  PanelsTimesRows<Weights>(x, group, first, left < tile_rows ? left : tile_rows);
+  PanelsTimesRows<Weights>(x, RowMap{group.row_begin + first}, group, first,
+                           left < tile_rows ? left : tile_rows);
 }
 
 // A block per panels, slot and matrix.
@@ -264,7 +266,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   if (tile.num_rows == 0) return;
   const ExpertMatrices& of = args.matrices[blockIdx.z];
   const TernaryGroup all = {.weights = of.weights[tile.expert], .y = of.y, .y_stride = args.rows};
-  PanelsTimesRows<Weights>(args.x, all, tile.first, tile.num_rows);
+  PanelsTimesRows<Weights>(args.x, RowMap{tile.first, args.order, args.k}, all, tile.first,
+                           tile.num_rows);
 }
 
 }  // namespace
@@ -286,7 +289,7 @@ void TernaryTiles(const QuantizedRows& x, const TernaryGroups& groups, int tile_
 void ExpertTiles(const ExpertMatmulArgs& args, int tile_rows, Executor& executor) {
   const int64_t panels = base::CeilDiv(args.rows, kPanelRows);
   const dim3 grid(Blocks(base::CeilDiv(panels, kTilePanels)),
-                  Blocks(NumTileSlots(args.x.num_rows, args.num_experts, tile_rows)),
+                  Blocks(NumTileSlots(args.num_routes, args.num_experts, tile_rows)),
                   Blocks(args.num_matrices));
   WithWeights(args.layout, [&](auto weights) {
     Launch(ExpertTilesKernel<decltype(weights)>, grid, kTileThreads, executor, args, tile_rows);

@@ -9,6 +9,12 @@ namespace {
 
 constexpr int kProductColumns = 32;
 
+// What the product of few rows takes at once: a unit, two steps of kTileColumns, of which a matrix
+// may lack the last one.
+constexpr int kUnitSteps = 2;
+constexpr int kUnitColumns = kUnitSteps * kTileColumns;
+using UnitOperands = uint32_t[kUnitColumns / kProductColumns][4];
+
 // kTiles: a block is one step of 64 columns.
 struct TwoBitWeights {
   static constexpr int kColumns = kTileColumns;  // of a block
@@ -17,12 +23,17 @@ struct TwoBitWeights {
     uint2 words[kWarp];
   };
 
-  // What a thread has of a block, and its A operands.
-  using Words = uint2;
-  __device__ static Words WordsOf(const Block& block, int lane) { return block.words[lane]; }
-  __device__ static void Unpack(Words words, uint32_t (&a)[kColumns / kProductColumns][4]) {
-    UnpackTile(words.x, a[0]);
-    UnpackTile(words.y, a[1]);
+  // A lane's operands; with half, those of the second step are 0, whatever its block holds.
+  struct alignas(16) Unit {
+    Block block[kUnitSteps];
+  };
+  __device__ static void Unpack(const Unit& unit, int lane, bool half, UnitOperands& a) {
+    const uint2 first = unit.block[0].words[lane];
+    const uint2 second = half ? uint2{} : unit.block[1].words[lane];
+    UnpackTile(first.x, a[0]);
+    UnpackTile(first.y, a[1]);
+    UnpackTile(second.x, a[2]);
+    UnpackTile(second.y, a[3]);
   }
 
   // A warp's copy of step `step` of a panel, from where its lane has its first piece.
@@ -44,13 +55,10 @@ struct Base3Weights {
   static constexpr int kSteps = 2;
   using Block = Base3Block;
 
-  using Words = Base3Words;
-  __device__ static Words WordsOf(const Block& block, int lane) {
-    return WordsOfThread(block, lane);
-  }
-  __device__ static void Unpack(const Words& words, uint32_t (&a)[kColumns / kProductColumns][4]) {
+  using Unit = Block;  // it ends with codes 0
+  __device__ static void Unpack(const Unit& unit, int lane, bool, UnitOperands& a) {
     uint32_t operands[kOperandsOfBlock];
-    words.Unpack(operands);
+    WordsOfThread(unit, lane).Unpack(operands);
 #pragma unroll
     for (int i = 0; i < kOperandsOfBlock; ++i) a[i / 4][i % 4] = operands[i];
   }
@@ -67,8 +75,8 @@ struct Base3Weights {
   __device__ static void ClearOf(int, Block&) {}  // its block ends with codes 0
   __device__ static uint2 TilesOf(int step, const Block& block, int lane) {
     __syncwarp();  // other lanes waited for their copies, too
-    uint32_t a[kColumns / kProductColumns][4];
-    Unpack(WordsOf(block, lane), a);
+    UnitOperands a;
+    Unpack(block, lane, false, a);
     return {PackTile(a[2 * step]), PackTile(a[2 * step + 1])};
   }
 };

@@ -39,7 +39,6 @@ void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor);
 
 // routes.cu
 void GroupRoutes(const GroupRoutesArgs& args, Executor& executor);
-void GatherRoutes(const GatherRoutesArgs& args, Executor& executor);
 void SumRoutes(const SumRoutesArgs& args, Executor& executor);
 
 }  // namespace ternion::kernels::cuda

@@ -28,7 +28,7 @@ std::vector<int32_t> RandomChoice(const Shape& shape, uint32_t seed) {
 }
 
 struct Grouped {
-  std::vector<int32_t> order, places, begin;
+  std::vector<int32_t> order, places, begin, used;
 };
 
 Grouped GroupByHand(const Shape& shape, const std::vector<int32_t>& experts) {
@@ -41,6 +41,10 @@ Grouped GroupByHand(const Shape& shape, const std::vector<int32_t>& experts) {
                    [&](int32_t a, int32_t b) { return experts[a] < experts[b]; });
   for (size_t i = 0; i < experts.size(); ++i) grouped.places[grouped.order[i]] = i;
   for (int32_t expert : experts) ++grouped.begin[expert + 1];
+  for (int e = 0; e < shape.num_experts; ++e) {
+    if (grouped.begin[e + 1] > 0) grouped.used.push_back(e);
+  }
+  grouped.used.resize(shape.num_experts, -1);
   std::partial_sum(grouped.begin.begin(), grouped.begin.end(), grouped.begin.begin());
   return grouped;
 }
@@ -61,15 +65,17 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Routes, testing::ValuesIn(kShapes));
 TEST_P(Routes, AreGroupedByExpertAndStayInOrder) {
   const Shape& shape = GetParam();
   const std::vector<int32_t> experts = RandomChoice(shape, 1);
-  Grouped actual = {std::vector<int32_t>(num_routes(), -1), std::vector<int32_t>(num_routes(), -1),
-                    std::vector<int32_t>(shape.num_experts + 1, -1)};
+  Grouped actual = {std::vector<int32_t>(num_routes(), -2), std::vector<int32_t>(num_routes(), -2),
+                    std::vector<int32_t>(shape.num_experts + 1, -2),
+                    std::vector<int32_t>(shape.num_experts, -2)};
   cuda_->group_routes({experts.data(), actual.order.data(), actual.places.data(),
-                       actual.begin.data(), num_routes(), shape.num_experts},
+                       actual.begin.data(), actual.used.data(), num_routes(), shape.num_experts},
                       executor_);
   const Grouped expected = GroupByHand(shape, experts);
   EXPECT_EQ(actual.order, expected.order);
   EXPECT_EQ(actual.places, expected.places);
   EXPECT_EQ(actual.begin, expected.begin);
+  EXPECT_EQ(actual.used, expected.used);
 }
 
 TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
@@ -82,7 +88,12 @@ TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
   const QuantizedRows x = rows.rows(shape.num_rows), of_routes = gathered.rows(num_routes());
   Executor alone = {&Threads(1)};
   Fastest().quantize({.x = values.data(), .out = x, .x_stride = dim}, alone);
-  cuda_->gather_routes({x, grouped.order.data(), of_routes, shape.k}, executor_);
+  for (int64_t i = 0; i < num_routes(); ++i) {
+    const int64_t row = grouped.order[i] / shape.k;
+    std::copy_n(x.codes + row * x.stride, x.stride, of_routes.codes + i * x.stride);
+    of_routes.scales[i] = x.scales[row];
+    of_routes.sums[i] = x.sums[row];
+  }
 
   // Experts share three matrices, with a scale each.
   std::mt19937 random(4);
@@ -115,23 +126,29 @@ TEST_P(Routes, TakeTheirRowsThroughTheirExperts) {
       of_experts.push_back((*matrices)[e % 3].view);
       of_experts[e].scale = by_hand[e].scale;
     }
-    std::vector<float> y(num_routes() * outputs, -1);
     const std::vector<TernaryMatrix> first_twice(shape.num_experts, of_experts[0]);
-    std::vector<float> other(y.size(), -1), first_only(y.size(), -1);
-    cuda_->expert_matmul(
-        {.x = of_routes,
-         .matrices = {{of_experts.data(), y.data()}, {first_twice.data(), other.data()}},
-         .num_matrices = 2,
-         .begin = grouped.begin.data(),
-         .rows = outputs,
-         .num_experts = shape.num_experts,
-         .layout = of_experts[0].layout},
-        executor_);
-    ExpectSameBits(y, expected);
+    std::vector<float> first_only(num_routes() * outputs, -1);
     const TernaryGroup all[] = {
         {panels[0].view, 0, num_routes(), first_only.data(), outputs, nullptr}};
     Fastest().ternary_matmul({of_routes, all}, alone);
-    ExpectSameBits(other, first_only);
+    for (const bool in_order : {true, false}) {  // rows that were put in order, or are found by it
+      std::vector<float> y(num_routes() * outputs, -1), other(y.size(), -1);
+      cuda_->expert_matmul(
+          {.x = in_order ? of_routes : x,
+           .matrices = {{of_experts.data(), y.data()}, {first_twice.data(), other.data()}},
+           .num_matrices = 2,
+           .order = in_order ? nullptr : grouped.order.data(),
+           .k = shape.k,
+           .num_routes = num_routes(),
+           .begin = grouped.begin.data(),
+           .used = grouped.used.data(),
+           .rows = outputs,
+           .num_experts = shape.num_experts,
+           .layout = of_experts[0].layout},
+          executor_);
+      ExpectSameBits(y, expected);
+      ExpectSameBits(other, first_only);
+    }
   }
 }
 

@@ -80,11 +80,17 @@ TEST(ForGroups, LaunchesWantedGroupsOnce) {
         groups, [](const TernaryGroup& group) { return group.num_rows != 1; },
         [&](const TernaryGroups& launch) {
           ASSERT_GT(launch.count, 0);
+          int32_t panels = 0;
           for (int i = 0; i < launch.count; ++i) {
+            for (int32_t p = 0; p < launch.group[i].weights.num_panels(); ++p, ++panels) {
+              EXPECT_EQ(launch.PanelAt(panels).group, i);
+              EXPECT_EQ(launch.PanelAt(panels).panel, p);
+            }
             launched.push_back(launch.group[i].row_begin);
             EXPECT_LE(launch.group[i].num_rows, launch.max_rows);
             EXPECT_LE(launch.group[i].weights.num_panels(), launch.max_panels);
           }
+          EXPECT_EQ(launch.num_panels(), panels);
         });
     EXPECT_EQ(launched, wanted);
   }

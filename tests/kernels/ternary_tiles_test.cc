@@ -178,6 +178,7 @@ TEST_P(TernaryTiles, Experts) {
   Fastest().ternary_matmul({x, groups}, alone);
   cuda::ExpertTiles({.x = x,
                      .matrices = {{of_experts.data(), y.data()}},
+                     .num_routes = begin.back(),
                      .begin = begin.data(),
                      .rows = outputs,
                      .num_experts = num_experts,
