@@ -69,8 +69,8 @@ absl::StatusOr<Placement> Placement::FromJson(const std::string& text, int num_l
   const bool alike = json.contains("experts");
   const Json& layers = alike ? json["experts"] : json["layers"];
   if (!layers.is_array() || (!alike && layers.size() != static_cast<size_t>(num_layers))) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the placement must have one array for each of ", num_layers, " layers"));
+    return absl::InvalidArgumentError(absl::StrCat("the placement must have one array for each of ",
+                                                   num_layers, " layers with experts"));
   }
   Placement placement(num_layers, num_experts, num_ranks);
   for (int layer = 0; layer < num_layers; ++layer) {

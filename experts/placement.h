@@ -17,7 +17,7 @@ using base::RankId;
 using LayerRanks = std::vector<std::vector<RankId>>;
 
 // (layer, expert) -> one or more ranks, ascending. Immutable; the same on every rank. Any uneven
-// layout is valid, also ranks without experts.
+// layout is valid, also ranks without experts. Layers without experts are not counted.
 class Placement {
  public:
   // Expert e of every layer on rank floor(e * num_ranks / num_experts).

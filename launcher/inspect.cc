@@ -27,6 +27,10 @@ void PrintConfig(const ModelConfig& config) {
     if (config.shared_intermediate > 0) {
       std::printf(", a shared expert of %lld", static_cast<long long>(config.shared_intermediate));
     }
+    if (config.num_dense_layers > 0) {
+      std::printf("; dense layers first: %d, intermediate %lld", config.num_dense_layers,
+                  static_cast<long long>(config.dense_intermediate));
+    }
     std::printf("\n");
   } else {
     std::printf("dense, intermediate %lld\n", static_cast<long long>(config.dense_intermediate));

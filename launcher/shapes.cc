@@ -43,6 +43,8 @@ Json BitNet2b() {
 Json DeepSeekV3() {
   Json config = Moe(Common(129280, 7168, 61, 128, 8), "bitnet_moe", 256, 8, 2048);
   config["shared_expert_intermediate_size"] = 2048;
+  config["first_k_dense_replace"] = 3;
+  config["intermediate_size"] = 18432;
   return config;
 }
 

@@ -29,7 +29,7 @@ std::string TraceRecorder::Serialize() const {
 
 absl::Status TraceRecorder::AddRowsOf(const std::string& bytes) {
   const runtime::ModelConfig& config = engine_.config();
-  const size_t ids_of_row = size_t(config.num_layers) * config.top_k;
+  const size_t ids_of_row = size_t(config.num_expert_layers()) * config.top_k;
   for (base::ByteReader reader(bytes); !reader.AtEnd();) {
     const Row row = reader.Get<Row>();
     std::vector<uint16_t> experts = reader.GetVector<uint16_t>();
@@ -54,9 +54,9 @@ absl::StatusOr<experts::RoutingTrace> TraceRecorder::Gather(comm::Transport& tra
   if (rows_.empty()) return absl::InvalidArgumentError("no row was recorded");
 
   const runtime::ModelConfig& config = engine_.config();
-  trace.shape = {config.num_layers, static_cast<int64_t>(rows_.size()), config.num_experts,
+  trace.shape = {config.num_expert_layers(), static_cast<int64_t>(rows_.size()), config.num_experts,
                  config.top_k};
-  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+  for (int64_t layer = 0; layer < trace.shape.num_layers; ++layer) {
     for (auto& [row, experts] : rows_) {
       const auto ids = std::span(experts).subspan(layer * config.top_k, config.top_k);
       std::sort(ids.begin(), ids.end());

@@ -41,7 +41,8 @@ class TraceRecorder {
   absl::Status AddRowsOf(const std::string& bytes);
 
   runtime::Engine& engine_;
-  std::map<Row, std::vector<uint16_t>> rows_;  // [num_layers, top_k], as the gate ordered them
+  // [layers with experts, top_k], as the gate ordered them
+  std::map<Row, std::vector<uint16_t>> rows_;
 };
 
 }  // namespace ternion::launcher

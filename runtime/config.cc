@@ -165,6 +165,19 @@ void ReadExperts(Reader& reader, ModelConfig& config) {
   reader.Refuse("mlp_only_layers");
 }
 
+// Layers before those with experts.
+void ReadDenseLayers(Reader& reader, ModelConfig& config) {
+  const int64_t count = reader.IntOr("first_k_dense_replace", 0, INT32_MAX, 0);
+  if (count == 0) return;
+  if (count >= config.num_layers) {
+    return reader.Fail("first_k_dense_replace",
+                       absl::StrCat("is ", count, ", which leaves none of ", config.num_layers,
+                                    " layers with experts; a model without any is a \"bitnet\""));
+  }
+  config.num_dense_layers = static_cast<int>(count);
+  config.dense_intermediate = reader.Int("intermediate_size", 1, kernels::kMaxColumns);
+}
+
 void ReadAttention(Reader& reader, ModelConfig& config) {
   config.heads = static_cast<int>(reader.Int("num_attention_heads", 1, 4096));
   config.kv_heads = static_cast<int>(reader.IntOr("num_key_value_heads", 1, 4096, config.heads));
@@ -210,10 +223,6 @@ void ReadPrecisions(Reader& reader, bool is_bitnet_moe, ModelConfig& config) {
 
 }  // namespace
 
-int64_t ModelConfig::max_intermediate() const {
-  return std::max({dense_intermediate, expert_intermediate, shared_intermediate});
-}
-
 absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
   TERNION_ASSIGN_OR_RETURN(const Json json, ParseObject(json_text, "config.json"));
   Reader reader(json);
@@ -239,7 +248,10 @@ absl::StatusOr<ModelConfig> ParseModelConfig(const std::string& json_text) {
   config.qk_norms = qwen;
   if (ours || qwen) {
     ReadExperts(reader, config);
+    if (ours) ReadDenseLayers(reader, config);
+    if (qwen) reader.Refuse("first_k_dense_replace");
   } else {
+    config.num_dense_layers = config.num_layers;
     config.dense_intermediate = reader.Int("intermediate_size", 1, kernels::kMaxColumns);
   }
   ReadPrecisions(reader, ours, config);

@@ -1,6 +1,7 @@
 // What config.json says, checked.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -36,8 +37,9 @@ struct ModelConfig {
   bool sub_norms = false;  // attn_sub_norm and ffn_sub_norm (bitnet, bitnet_moe)
   bool qk_norms = false;   // q_norm and k_norm per head (qwen3_moe)
 
-  int64_t dense_intermediate = 0;  // of a dense MLP; 0 in a MoE model
-  int num_experts = 0;             // 0: dense
+  int num_dense_layers = 0;        // first_k_dense_replace: the first ones; all of a dense model
+  int64_t dense_intermediate = 0;  // of their MLP
+  int num_experts = 0;             // of each of the other layers
   int top_k = 0;
   int64_t expert_intermediate = 0;
   int64_t shared_intermediate = 0;  // of the shared expert; 0: none
@@ -52,10 +54,19 @@ struct ModelConfig {
   std::vector<int32_t> eos_ids;  // generation ends on any of them
 
   bool moe() const { return num_experts > 0; }
+  bool has_experts(int layer) const { return layer >= num_dense_layers; }
+  // Placements and routing traces count these layers alone, from 0.
+  int num_expert_layers() const { return num_layers - num_dense_layers; }
   int64_t q_dim() const { return int64_t{heads} * head_dim; }
   int64_t kv_dim() const { return int64_t{kv_heads} * head_dim; }
-  // The widest feed-forward: sizes workspaces.
-  int64_t max_intermediate() const;
+  // Of what all rows of a layer go through: its dense MLP, or the shared expert; 0: there is none.
+  int64_t local_intermediate(int layer) const {
+    return has_experts(layer) ? shared_intermediate : dense_intermediate;
+  }
+  // The widest of them: sizes workspaces.
+  int64_t max_local_intermediate() const {
+    return std::max(dense_intermediate, shared_intermediate);
+  }
 };
 
 // Checks every number's range and that they fit together; refuses what the runtime does not do

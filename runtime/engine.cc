@@ -31,7 +31,8 @@ absl::StatusOr<experts::RoutingTrace> LoadTraceOf(const ModelConfig& config,
                                                   const std::string& path) {
   TERNION_ASSIGN_OR_RETURN(experts::RoutingTrace trace, experts::LoadTrace(path));
   const experts::TraceShape& shape = trace.shape;
-  absl::Status fits = CheckTraceCount("layers", shape.num_layers, config.num_layers);
+  absl::Status fits =
+      CheckTraceCount("layers with experts", shape.num_layers, config.num_expert_layers());
   fits.Update(CheckTraceCount("experts", shape.num_experts, config.num_experts));
   fits.Update(CheckTraceCount("experts per token", shape.top_k, config.top_k));
   TERNION_RETURN_IF_ERROR(base::Annotate(fits, path));
@@ -42,7 +43,7 @@ absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const Mode
                                         int num_ranks) {
   const std::string& name = options.placement;
   if (name == "contiguous") {
-    return Placement::Contiguous(config.num_layers, config.num_experts, num_ranks);
+    return Placement::Contiguous(config.num_expert_layers(), config.num_experts, num_ranks);
   }
   if (!config.moe()) {
     return absl::InvalidArgumentError(
@@ -55,7 +56,7 @@ absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const Mode
   }
   TERNION_ASSIGN_OR_RETURN(const std::string text, base::ReadFile(name));
   absl::StatusOr<Placement> placement =
-      Placement::FromJson(text, config.num_layers, config.num_experts, num_ranks);
+      Placement::FromJson(text, config.num_expert_layers(), config.num_experts, num_ranks);
   if (!placement.ok()) return base::Annotate(placement.status(), name);
   return placement;
 }

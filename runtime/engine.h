@@ -51,8 +51,8 @@ struct StepReport {
 using LogitsSink =
     std::function<void(SequenceId sequence, int32_t position, std::span<const float> logits)>;
 
-// The experts that one row takes in `layer`, distinct, on the rank that owns the sequence. A row
-// passes the layers in their order.
+// The experts that one row takes in `layer`, distinct, on the rank that owns the sequence. Layers
+// without experts are not counted; a row passes the others in their order.
 using RoutingSink = std::function<void(SequenceId sequence, int32_t position, int layer,
                                        std::span<const int32_t> experts)>;
 

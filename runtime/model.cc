@@ -46,10 +46,6 @@ comm::ExchangeOptions MakeExchangeOptions(const ModelConfig& config, const Model
           .num_experts = config.num_experts};
 }
 
-int64_t LocalIntermediate(const ModelConfig& config) {
-  return config.moe() ? config.shared_intermediate : config.dense_intermediate;
-}
-
 // A model that did not learn to live with so few KV bits needs its outliers spread over the head.
 bool RotatesHeads(const ModelConfig& config, kernels::KvFormat kv) {
   return kernels::KvBits(kv) < std::min(8, config.kv_bits);
@@ -99,7 +95,7 @@ Model::Model(const ModelConfig& config, std::shared_ptr<const experts::Placement
       logit_ids_(kMaxLogitRows, *resources.executor->staging),
       sum_terms_(options.max_rows),
       sum_begin_(options.max_rows + 1),
-      local_ffn_workspace_(options.max_rows, LocalIntermediate(config),
+      local_ffn_workspace_(options.max_rows, config.max_local_intermediate(),
                            *resources.executor->memory) {
   std::iota(sum_begin_.data(), sum_begin_.data() + sum_begin_.size(), 0);
   for (int64_t row = 0; row < options.max_rows; ++row) {
@@ -213,7 +209,7 @@ absl::Status Model::RunLayers(const Batch& batch) {
   }
   // Half a layer of each part at a time: the experts of one, and the attention of the next.
   TERNION_RETURN_IF_ERROR(Advance(batch, parts[0]));
-  for (int layer = 0; layer < config_.num_layers; ++layer) {
+  for (int layer = config_.num_dense_layers; layer < config_.num_layers; ++layer) {
     for (int64_t i = 0; i < count; ++i) {
       TERNION_RETURN_IF_ERROR(RunExperts(batch, layer, parts[i], parts[(i + 1) % count]));
     }
@@ -221,23 +217,25 @@ absl::Status Model::RunLayers(const Batch& batch) {
   return count == 1 ? absl::OkStatus() : Advance(batch, parts[1]);
 }
 
-// Takes what the experts of the part's last layer returned, and goes on until its rows are on the
-// way to those of the next.
+// Takes what the experts of the part's last layer returned, and goes on, through layers without
+// experts, until its rows are on the way to those of the next.
 absl::Status Model::Advance(const Batch& batch, Part& part) {
-  const int layer = part.next_layer++;
-  if (layer > 0 && config_.moe()) {
+  if (part.next_layer > 0 && config_.has_experts(part.next_layer - 1)) {
     TERNION_RETURN_IF_ERROR(
-        experts::MoeCombine(layers_[layer - 1].moe, *moe_, *part.moe, HiddenOf(part)));
+        experts::MoeCombine(layers_[part.next_layer - 1].moe, *moe_, *part.moe, HiddenOf(part)));
   }
-  if (layer == config_.num_layers) return absl::OkStatus();
-  AttentionBlock(layers_[layer], layer, part);
-  return FfnBlock(layers_[layer], layer, batch, part);
+  while (part.next_layer < config_.num_layers) {
+    const int layer = part.next_layer++;
+    AttentionBlock(layers_[layer], layer, part);
+    TERNION_RETURN_IF_ERROR(FfnBlock(layers_[layer], layer, batch, part));
+    if (config_.has_experts(layer)) break;
+  }
+  return absl::OkStatus();
 }
 
 // Runs the experts of `layer` on the part's rows; `next` (the other part, or the same one when it
 // is alone) goes on as soon as its own rows are back.
 absl::Status Model::RunExperts(const Batch& batch, int layer, Part& part, Part& next) {
-  if (!config_.moe()) return Advance(batch, part);
   const auto advance = [&] { return Advance(batch, next); };
   experts::TravellingBatch other = {next.moe, advance};
   if (next.next_layer == 0) {  // the second part sets out
@@ -333,25 +331,27 @@ void Model::AttendOverCache(int index, const Part& part) {
 // MoeCombine.
 absl::Status Model::FfnBlock(const LayerWeights& layer, int index, const Batch& batch, Part& part) {
   float* const normed = normed_.data() + part.begin * config_.hidden;
+  const bool has_experts = config_.has_experts(index);
   const kernels::QuantizedRows x =
-      NormHidden(layer.post_attention_norm, config_.moe() ? normed : nullptr, part);
-  if (config_.moe()) {
-    const experts::MoeInput input = {x, normed, batch.step, static_cast<uint32_t>(index)};
+      NormHidden(layer.post_attention_norm, has_experts ? normed : nullptr, part);
+  if (has_experts) {
+    const int expert_layer = index - config_.num_dense_layers;
+    const experts::MoeInput input = {x, normed, batch.step, static_cast<uint32_t>(expert_layer)};
     TERNION_RETURN_IF_ERROR(experts::MoeDispatch(layer.moe, *placement_, input, *moe_, *part.moe));
     if (routing_sink_) {
       const size_t num_routes = part.num_rows * config_.top_k;
-      routing_sink_(index, part.begin, moe_->experts.span().first(num_routes));
+      routing_sink_(expert_layer, part.begin, moe_->experts.span().first(num_routes));
     }
   }
-  if (LocalIntermediate(config_) > 0) {
-    const experts::FfnConfig ffn = {config_.hidden, LocalIntermediate(config_), config_.activation,
+  if (const int64_t intermediate = config_.local_intermediate(index); intermediate > 0) {
+    const experts::FfnConfig ffn = {config_.hidden, intermediate, config_.activation,
                                     OrNull(layer.local_sub_norm), config_.norm_eps};
     const experts::FfnGroup all_rows[] = {{&layer.local_ffn, 0, part.num_rows}};
     experts::RunFfn(*resources_.kernels, *resources_.executor, ffn, x, all_rows,
                     local_ffn_workspace_, out_.data());
     part.out_waits = true;
     // Experts add to the same rows, and Logits reads them.
-    if (config_.moe() || index + 1 == config_.num_layers) AddOutToHidden(part);
+    if (has_experts || index + 1 == config_.num_layers) AddOutToHidden(part);
   }
   return absl::OkStatus();
 }

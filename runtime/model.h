@@ -69,13 +69,13 @@ struct LayerWeights {
   base::Array<float> post_attention_norm;  // [hidden]
   experts::FfnWeights local_ffn;           // the dense MLP or the shared expert, if there is one
   base::Array<float> local_sub_norm;       // [its intermediate], or empty
-  OwnedDenseMatrix gate;                   // [experts, hidden], if the model has experts
+  OwnedDenseMatrix gate;                   // [experts, hidden], if the layer has experts
   base::Array<float> expert_sub_norm;      // [expert_intermediate], or empty
   experts::MoeLayerWeights moe;            // views of the two above, and this rank's experts
 };
 
-// Hears which experts the gate of `layer` chose for the batch's rows from `first_row` on:
-// [rows, top_k], distinct in a row.
+// Hears which experts the gate of `layer` (of those with experts) chose for the batch's rows from
+// `first_row` on: [rows, top_k], distinct in a row.
 using BatchRoutingSink =
     std::function<void(int layer, int64_t first_row, std::span<const int32_t> experts)>;
 

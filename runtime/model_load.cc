@@ -120,18 +120,20 @@ std::string ExpertName(int layer, int expert) {
 absl::Status CheckExperts(const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    for (int expert = 0; expert < config.num_experts; ++expert) {
+    const int num_experts = config.has_experts(layer) ? config.num_experts : 0;
+    for (int expert = 0; expert < num_experts; ++expert) {
       const std::string name = ExpertName(layer, expert);
       const int64_t inner = config.expert_intermediate;
       TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".gate_proj", inner, config.hidden));
       TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".up_proj", inner, config.hidden));
       TERNION_RETURN_IF_ERROR(checkpoint.CheckTernary(name + ".down_proj", config.hidden, inner));
     }
-    const std::string beyond = ExpertName(layer, config.num_experts) + ".gate_proj.weight";
+    const std::string beyond = ExpertName(layer, num_experts) + ".gate_proj.weight";
     if (checkpoint.tensors().Find(beyond) != nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("the checkpoint holds ", beyond,
-                                                     ", but config.json says num_experts is ",
-                                                     config.num_experts));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "the checkpoint holds ", beyond, ", but config.json says ",
+          num_experts > 0 ? absl::StrCat("num_experts is ", num_experts)
+                          : absl::StrCat("first_k_dense_replace is ", config.num_dense_layers)));
     }
   }
   return absl::OkStatus();
@@ -182,7 +184,7 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
     jobs.Vector(name + ".post_attention_layernorm.weight", config_.hidden,
                 &layer.post_attention_norm);
     AddAttention(config_, name + ".self_attn", layer.attention, jobs);
-    if (!config_.moe()) {
+    if (!config_.has_experts(index)) {
       AddLocalFfn(config_, name + ".mlp", config_.dense_intermediate, layer, jobs);
       continue;
     }
@@ -195,7 +197,7 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
       jobs.Vector(name + ".mlp.ffn_sub_norm.weight", inner, &layer.expert_sub_norm);
     }
     const std::vector<ExpertId> experts =
-        placement_->ExpertsOf(index, resources_.transport->rank());
+        placement_->ExpertsOf(index - config_.num_dense_layers, resources_.transport->rank());
     local[index].resize(experts.size());
     num_local_experts_ += static_cast<int64_t>(experts.size());
     for (size_t i = 0; i < experts.size(); ++i) {
@@ -208,7 +210,7 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
   TERNION_RETURN_IF_ERROR(jobs.Run(*resources_.executor->threads, progress));
   weight_bytes_ = jobs.bytes();
 
-  for (int index = 0; config_.moe() && index < config_.num_layers; ++index) {
+  for (int index = config_.num_dense_layers; index < config_.num_layers; ++index) {
     LayerWeights& layer = layers_[index];
     const float* sub_norm = config_.sub_norms ? layer.expert_sub_norm.data() : nullptr;
     layer.moe.gate = layer.gate.view;

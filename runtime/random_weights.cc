@@ -73,9 +73,9 @@ class TensorList {
   uint64_t next_draw_ = 0;
 };
 
-void AddFfns(const ModelConfig& config, const std::string& name, TensorList& tensors) {
+void AddFfns(const ModelConfig& config, int layer, const std::string& name, TensorList& tensors) {
   const int64_t hidden = config.hidden;
-  if (!config.moe()) {
+  if (!config.has_experts(layer)) {
     tensors.Ffn(name, hidden, config.dense_intermediate);
     if (config.sub_norms) tensors.Norm(name + ".ffn_sub_norm", config.dense_intermediate);
     return;
@@ -138,7 +138,7 @@ std::vector<RandomTensor> RandomTensors(const ModelConfig& config) {
       tensors.Norm(attention + ".k_norm", config.head_dim);
     }
     tensors.Norm(name + ".post_attention_layernorm", config.hidden);
-    AddFfns(config, name + ".mlp", tensors);
+    AddFfns(config, layer, name + ".mlp", tensors);
   }
   tensors.Norm("model.norm", config.hidden);
   if (!config.tied_embeddings) {

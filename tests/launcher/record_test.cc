@@ -18,8 +18,14 @@ class Record : public testing::Test {
   std::string Eval(int ranks, const Strings& more) {
     const std::string trace = directory_.path("trace.bin");
     std::filesystem::remove(trace);
-    Strings arguments = {"eval", "--model", SourcePath("models/tiny"),    "--text",
-                         text_,  "--json",  directory_.path("eval.json"), "--record-trace",
+    Strings arguments = {"eval",
+                         "--model",
+                         model_,
+                         "--text",
+                         text_,
+                         "--json",
+                         directory_.path("eval.json"),
+                         "--record-trace",
                          trace};
     arguments.insert(arguments.end(), more.begin(), more.end());
     const CommandResult result = RunTernion(ranks, arguments);
@@ -31,6 +37,7 @@ class Record : public testing::Test {
 
   const TempDir directory_;
   const std::string text_ = directory_.path("text.txt");
+  std::string model_ = SourcePath("models/tiny");
   Json json_;
 };
 
@@ -51,6 +58,29 @@ TEST_F(Record, EveryTokenOnceWhateverTheRanks) {
 
   EXPECT_EQ(Eval(2, {}), alone);
   EXPECT_EQ(Eval(3, {"--micro-batches", "2"}), alone);
+}
+
+// A layer without experts is in no trace, and asks for no placement.
+TEST_F(Record, LayersWithExpertsOnly) {
+  const Json config = {
+      {"model_type", "bitnet_moe"}, {"vocab_size", 256},          {"hidden_size", 64},
+      {"num_hidden_layers", 3},     {"num_attention_heads", 4},   {"max_position_embeddings", 512},
+      {"first_k_dense_replace", 1}, {"intermediate_size", 96},    {"num_experts", 6},
+      {"num_experts_per_tok", 2},   {"moe_intermediate_size", 32}};
+  WriteText(directory_.path("small.json"), config.dump());
+  model_ = directory_.path("model");
+  ASSERT_EQ(RunTernion(0, {"synth", "--config", directory_.path("small.json"), "--out", model_})
+                .exit_code,
+            0);
+  const std::string alone = Eval(0, {});
+  const auto trace = experts::LoadTrace(directory_.path("trace.bin"));
+  ASSERT_TRUE(trace.ok()) << trace.status();
+  EXPECT_EQ(trace->shape, (experts::TraceShape{2, 6000, 6, 2}));
+  const std::string recorded = directory_.path("recorded.bin");
+  WriteText(recorded, alone);
+  for (const char* placement : {"balanced", "local"}) {
+    EXPECT_EQ(Eval(3, {"--placement", placement, "--trace", recorded}), alone) << placement;
+  }
 }
 
 TEST_F(Record, PlacementsFromARecordedTraceChangeNothing) {

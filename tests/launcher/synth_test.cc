@@ -4,6 +4,7 @@
 #include "gtest/gtest.h"
 #include "launcher/shapes.h"
 #include "runtime/config.h"
+#include "runtime/random_weights.h"
 #include "tests/launcher/command.h"
 
 namespace ternion::launcher {
@@ -34,7 +35,11 @@ Json SmallConfig(const std::string& model_type) {
   config["num_experts_per_tok"] = 3;
   config["moe_intermediate_size"] = 46;
   config["norm_topk_prob"] = true;
-  if (model_type == "bitnet_moe") config["shared_expert_intermediate_size"] = 50;
+  if (model_type == "bitnet_moe") {
+    config["shared_expert_intermediate_size"] = 50;
+    config["first_k_dense_replace"] = 1;
+    config["intermediate_size"] = 130;
+  }
   return config;
 }
 
@@ -58,6 +63,13 @@ TEST_P(Synth, WritesAModelThatRuns) {
   EXPECT_EQ(inspected.exit_code, 0) << inspected.err;
   EXPECT_TRUE(inspected.out.starts_with(GetParam())) << inspected.out;
   EXPECT_NE(inspected.out.find("model.layers.1.self_attn.o_proj.weight_scale"), std::string::npos);
+  const bool dense_first = std::string(GetParam()) == "bitnet_moe";
+  EXPECT_EQ(inspected.out.find("expert of 50; dense layers first: 1, intermediate 130\n") !=
+                std::string::npos,
+            dense_first)
+      << inspected.out;
+  EXPECT_EQ(inspected.out.find("model.layers.0.mlp.experts.") == std::string::npos,
+            dense_first || std::string(GetParam()) == "bitnet");
 
   const std::string ids = directory_.path("ids.json"), logits = directory_.path("x.npy");
   WriteText(ids, "[1, 300, 5, 77]");
@@ -138,6 +150,19 @@ TEST(Shapes, AreConfigs) {
     EXPECT_TRUE(parsed.ok()) << name << ": " << parsed.status();
   }
   EXPECT_FALSE(ShapeConfig("bitnet").ok());
+}
+
+// 671 billion parameters, and what its attention has more than MLA.
+TEST(Shapes, DeepSeekV3IsAsLargeAsTheModel) {
+  Json json = *ShapeConfig("deepseek-v3");
+  json["quantization_config"] = {{"quant_method", "bitnet"}, {"linear_class", "autobitlinear"}};
+  int64_t parameters = 0;
+  for (const runtime::RandomTensor& tensor :
+       runtime::RandomTensors(*runtime::ParseModelConfig(json.dump()))) {
+    if (tensor.fill == runtime::RandomTensor::Fill::kTernary) parameters += 4 * tensor.bytes();
+    if (tensor.fill == runtime::RandomTensor::Fill::kNormal) parameters += tensor.bytes() / 2;
+  }
+  EXPECT_NEAR(static_cast<double>(parameters), 675e9, 0.5e9);
 }
 
 }  // namespace

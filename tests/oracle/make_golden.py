@@ -159,6 +159,17 @@ CASES = [
         ),
         num_tokens=5,
     ),
+    Case(
+        "bitnet_moe_dense_first",
+        replace(
+            MOE,
+            num_hidden_layers=3,
+            first_k_dense_replace=2,
+            intermediate_size=150,
+            shared_expert_intermediate_size=46,
+            num_experts=5,
+        ),
+    ),
     Case("bitnet_moe_kv8", replace(MOE, kv_bits=8, num_experts=3, num_hidden_layers=1)),
     Case(
         "bitnet_moe_rotated_kv3",
@@ -221,12 +232,12 @@ class RandomModel:
             self.add_norm(prefix + "q_norm", config.head_dim)
             self.add_norm(prefix + "k_norm", config.head_dim)
 
-    def add_feed_forward(self, prefix: str) -> None:
+    def add_feed_forward(self, prefix: str, has_experts: bool) -> None:
         config = self.config
-        inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+        inner = config.moe_intermediate_size if has_experts else config.intermediate_size
         if config.has_sub_norms:
             self.add_norm(prefix + "ffn_sub_norm", inner)
-        if not config.num_experts:
+        if not has_experts:
             return self.add_mlp(prefix, inner)
         self.add_dense(prefix + "gate", config.num_experts, config.hidden_size, std=0.3)
         for expert in range(config.num_experts):
@@ -244,7 +255,7 @@ class RandomModel:
             self.add_norm(prefix + "input_layernorm", config.hidden_size)
             self.add_attention(prefix + "self_attn.")
             self.add_norm(prefix + "post_attention_layernorm", config.hidden_size)
-            self.add_feed_forward(prefix + "mlp.")
+            self.add_feed_forward(prefix + "mlp.", config.has_experts(layer))
         self.add_norm("model.norm", config.hidden_size)
         if not config.tie_word_embeddings:
             self.add_dense("lm_head", config.vocab_size, config.hidden_size, std=0.3)

@@ -83,7 +83,10 @@ TEST(Config, Bitnet) {
   EXPECT_FALSE(config->qk_norms);
   EXPECT_FALSE(config->moe());
   EXPECT_EQ(config->dense_intermediate, 150);
-  EXPECT_EQ(config->max_intermediate(), 150);
+  EXPECT_EQ(config->max_local_intermediate(), 150);
+  EXPECT_EQ(config->local_intermediate(1), 150);
+  EXPECT_FALSE(config->has_experts(1));
+  EXPECT_EQ(config->num_expert_layers(), 0);
   EXPECT_EQ(config->bos_id, 1);
   EXPECT_EQ(config->eos_ids, std::vector<int32_t>({2, 3}));
 }
@@ -97,11 +100,45 @@ TEST(Config, BitnetMoe) {
   EXPECT_EQ(config->expert_intermediate, 64);
   EXPECT_EQ(config->shared_intermediate, 96);
   EXPECT_EQ(config->dense_intermediate, 0);
-  EXPECT_EQ(config->max_intermediate(), 96);
+  EXPECT_EQ(config->local_intermediate(0), 96);
+  EXPECT_TRUE(config->has_experts(0));
+  EXPECT_EQ(config->num_expert_layers(), 2);
   EXPECT_TRUE(config->renormalize);
   EXPECT_TRUE(config->sub_norms);
   EXPECT_FALSE(config->qk_norms);
   EXPECT_EQ(config->activation, kernels::Activation::kSilu);  // hidden_act is not given
+}
+
+TEST(Config, FirstLayersMayBeDense) {
+  Json json = MoeConfig();
+  json["num_hidden_layers"] = 4;
+  json["first_k_dense_replace"] = 3;
+  EXPECT_TRUE(IsInvalid(Parse(json).status(), "intermediate_size is missing"));
+  json["intermediate_size"] = 150;
+  const auto config = Parse(json);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_TRUE(config->moe());
+  EXPECT_EQ(config->num_dense_layers, 3);
+  EXPECT_EQ(config->num_expert_layers(), 1);
+  EXPECT_FALSE(config->has_experts(2));
+  EXPECT_TRUE(config->has_experts(3));
+  EXPECT_EQ(config->local_intermediate(2), 150);
+  EXPECT_EQ(config->local_intermediate(3), 96);
+  EXPECT_EQ(config->max_local_intermediate(), 150);
+  for (const int64_t count : {int64_t{4}, int64_t{5}, int64_t{INT32_MAX}}) {
+    EXPECT_TRUE(IsInvalid(ErrorWith(json, "first_k_dense_replace", count),
+                          "first_k_dense_replace is " + std::to_string(count) +
+                              ", which leaves none of 4 layers with experts"));
+  }
+  for (const Json& value : std::vector<Json>{-1, 1.0, "1", true, int64_t{1} << 40}) {
+    EXPECT_TRUE(IsInvalid(ErrorWith(json, "first_k_dense_replace", value),
+                          "config.json: first_k_dense_replace"));
+  }
+  EXPECT_TRUE(IsInvalid(ErrorWith(json, "intermediate_size", 0), "intermediate_size is 0"));
+  json["first_k_dense_replace"] = 0;
+  EXPECT_EQ(Parse(json)->dense_intermediate, 0);  // no layer has it
+  EXPECT_TRUE(IsError(ErrorWith(QwenConfig(), "first_k_dense_replace", 1), kUnimplemented,
+                      "first_k_dense_replace"));
 }
 
 TEST(Config, Qwen3Moe) {

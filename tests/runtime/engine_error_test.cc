@@ -151,8 +151,8 @@ TEST(Engine, TracesOfAnotherModelAreRefused) {
                       [](Engine&) { return absl::OkStatus(); })[0];
   };
   EXPECT_TRUE(error_with(kTraceShape).ok());
-  EXPECT_TRUE(
-      IsInvalid(error_with({5, 9, 16, 2}), "trace.bin: the trace has 5 layers, the model 4"));
+  EXPECT_TRUE(IsInvalid(error_with({5, 9, 16, 2}),
+                        "trace.bin: the trace has 5 layers with experts, the model 4"));
   EXPECT_TRUE(IsInvalid(error_with({4, 9, 8, 2}), "the trace has 8 experts, the model 16"));
   EXPECT_TRUE(
       IsInvalid(error_with({4, 9, 16, 3}), "the trace has 3 experts per token, the model 2"));
@@ -163,6 +163,10 @@ class BrokenModel : public ::testing::Test {
  protected:
   absl::Status LoadWith(const std::string& name, const std::string& key, const Json& value,
                         std::optional<kernels::KvFormat> kv = std::nullopt) {
+    return LoadWithAll(name, {{key, value}}, kv);
+  }
+  absl::Status LoadWithAll(const std::string& name, const Json& changes,
+                           std::optional<kernels::KvFormat> kv = std::nullopt) {
     const std::string golden = TERNION_SOURCE_DIR "/tests/oracle/golden/" + name;
     for (const auto& entry : std::filesystem::directory_iterator(golden)) {
       std::filesystem::copy(entry.path(),
@@ -170,7 +174,7 @@ class BrokenModel : public ::testing::Test {
                             std::filesystem::copy_options::overwrite_existing);
     }
     Json config = Json::parse(*base::ReadFile(golden + "/config.json"));
-    config[key] = value;
+    config.update(changes);
     directory_.Write("config.json", config.dump());
     const auto statuses = comm::RunLoopback(2, [&](comm::Transport& transport) -> absl::Status {
       base::ThreadPool threads(1);
@@ -200,6 +204,19 @@ TEST_F(BrokenModel, ConfigAndTensorsThatDisagree) {
                       "lm_head.weight"));
   EXPECT_TRUE(IsInvalid(LoadWith("bitnet_relu2_tied", "num_key_value_heads", 6),
                         "k_proj.weight has shape"));
+}
+
+TEST_F(BrokenModel, OtherLayersAreDenseThanTheConfigSays) {
+  constexpr char kDenseFirst[] = "bitnet_moe_dense_first";
+  EXPECT_TRUE(LoadWith(kDenseFirst, "first_k_dense_replace", 2).ok());
+  EXPECT_TRUE(IsError(LoadWith(kDenseFirst, "first_k_dense_replace", 1),
+                      absl::StatusCode::kNotFound, "model.layers.1.mlp.experts.0."));
+  EXPECT_TRUE(IsInvalid(LoadWith(kDenseFirst, "intermediate_size", 160),
+                        "model.layers.0.mlp.gate_proj.weight has shape"));
+  EXPECT_TRUE(IsInvalid(
+      LoadWithAll("bitnet_moe_silu", {{"first_k_dense_replace", 1}, {"intermediate_size", 64}}),
+      "holds model.layers.0.mlp.experts.0.gate_proj.weight, but config.json says "
+      "first_k_dense_replace is 1"));
 }
 
 TEST_F(BrokenModel, HeadsThatCannotBeRotated) {

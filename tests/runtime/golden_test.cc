@@ -76,7 +76,7 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-TEST(Golden, ThereAreSome) { EXPECT_GE(GoldenDirectories().size(), 14u); }
+TEST(Golden, ThereAreSome) { EXPECT_GE(GoldenDirectories().size(), 15u); }
 
 class GoldenTest : public ::testing::TestWithParam<std::string> {
  protected:

@@ -38,7 +38,10 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder. `intermediate_size` counts for dense models, the `moe_` fields for experts."""
+    """One decoder. `intermediate_size` is of layers without experts, the `moe_` fields of those with.
+
+    All layers of a bitnet have none, and the first `first_k_dense_replace` of a bitnet_moe.
+    """
 
     model_type: str
     vocab_size: int
@@ -48,6 +51,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     intermediate_size: int = 0
+    first_k_dense_replace: int = 0
     moe_intermediate_size: int = 0
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -74,8 +78,13 @@ class ModelConfig:
         """q_norm and k_norm over head_dim, before RoPE."""
         return self.model_type == "qwen3_moe"
 
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer >= self.first_k_dense_replace
+
     def to_json(self) -> dict:
         fields = dataclasses.asdict(self)
+        if not self.first_k_dense_replace:
+            del fields["first_k_dense_replace"]
         precisions = {name: fields.pop(name) for name in ("act_bits", "kv_bits")}
         del fields["quantization"]
         if self.model_type == "bitnet":
@@ -85,7 +94,8 @@ class ModelConfig:
                 if "exper" not in k and k != "moe_intermediate_size" and k != "norm_topk_prob"
             }
         if self.model_type == "bitnet_moe":
-            del fields["intermediate_size"]
+            if not self.first_k_dense_replace:
+                del fields["intermediate_size"]
             fields |= precisions
         if self.model_type == "qwen3_moe":
             del fields["shared_expert_intermediate_size"]

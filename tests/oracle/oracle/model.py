@@ -54,7 +54,8 @@ class GoldenModel:
         for layer in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             h = h + self._attention(prefix, self._norm(prefix + "input_layernorm", h))
-            h = h + self._feed_forward(prefix, self._norm(prefix + "post_attention_layernorm", h))
+            x = self._norm(prefix + "post_attention_layernorm", h)
+            h = h + self._feed_forward(prefix, x, self.config.has_experts(layer))
         h = self._norm("model.norm", h)
         head = (
             embeddings
@@ -133,11 +134,11 @@ class GoldenModel:
         self._count_zeros("out", rows[0])
         return self.checkpoint.linear(prefix + "o_proj", config.hidden_size)(rows)
 
-    def _feed_forward(self, prefix: str, x: Tensor) -> Tensor:
+    def _feed_forward(self, prefix: str, x: Tensor, has_experts: bool) -> Tensor:
         config, prefix = self.config, prefix + "mlp."
         rows = self._quantize(x, config.act_bits)
         sub_norm = prefix + "ffn_sub_norm"
-        if not config.num_experts:
+        if not has_experts:
             return self._expert(prefix, config.intermediate_size, sub_norm, rows)
         y = self._experts(prefix, x, rows)
         if config.shared_expert_intermediate_size:
