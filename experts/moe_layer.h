@@ -67,10 +67,10 @@ struct MoeContext {
   kernels::Executor* const executor;
   std::array<MicroBatch, 2> micro_batches;
   std::unique_ptr<LocalExperts> local;  // in place of exchanges, if there is one
-  ShardWorkspace shard;
-  base::Array<float> logits;     // [max_rows, num_experts]
-  base::Array<int32_t> experts;  // [max_rows, top_k], the host reads them
-  base::Array<float> weights;    // [max_rows, top_k], likewise
+  ShardWorkspace shard;                 // of exchanges
+  base::Array<float> logits;            // [max_rows, num_experts]
+  base::Array<int32_t> experts;         // [max_rows, top_k], the host reads them
+  base::Array<float> weights;           // [max_rows, top_k], likewise
   RoutingWorkspace routing;
 };
 

@@ -147,7 +147,7 @@ bool Model::UsesLocalExperts() const {
 void Model::set_routing_sink(BatchRoutingSink sink) {
   routing_sink_ = std::move(sink);
   recordings_.clear();
-  if (moe_ != nullptr && !UsesLocalExperts()) moe_->local.reset();
+  if (moe_ != nullptr && !UsesLocalExperts()) SetPrecisions(options_.wire, options_.kv);
 }
 
 void Model::SetMaxPositions(int64_t max_positions) {
@@ -161,6 +161,7 @@ absl::Status Model::Forward(const Batch& batch) {
   // Ops of the step before read its tables until they are done.
   TERNION_RETURN_IF_ERROR(comm::Finish(*resources_.kernels, *resources_.executor));
   tables_.Write(batch);
+  tables_.Upload(*resources_.kernels, *resources_.executor);
   return IsRecordable(batch) ? RunRecorded(batch) : RunLayers(batch);
 }
 
@@ -193,7 +194,6 @@ absl::Status Model::RunRecorded(const Batch& batch) {
 }
 
 absl::Status Model::RunLayers(const Batch& batch) {
-  tables_.Upload(*resources_.kernels, *resources_.executor);
   resources_.kernels->embed({.table = embedding_.view,
                              .ids = tables_.tokens(),
                              .out = hidden_.data(),

@@ -228,9 +228,8 @@ __global__ void GateTopKKernel(GateTopKArgs args) {
       const GateKey key = {staged ? stage[i] : probability(i), static_cast<uint32_t>(n - i)};
       if (IsBefore(last, key) && IsBefore(key, best)) best = key;
     });
-    last.probability = __reduce_max_sync(kFullWarp, best.probability);
-    last.index = __reduce_max_sync(kFullWarp,
-                                   best.probability == last.probability ? best.index : uint32_t{0});
+    last.probability = WarpMax(best.probability);
+    last.index = WarpMax(best.probability == last.probability ? best.index : uint32_t{0});
     if (threadIdx.x == 0) {
       ids[j] = n - static_cast<int>(last.index);
       weights[j] = __uint_as_float(last.probability);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace ternion::kernels {
 namespace {
@@ -12,11 +13,21 @@ namespace {
 // and d[1] row g, columns 2q and 2q + 1, d[2] and d[3] row g + 8.
 __device__ __forceinline__ void MultiplyTile(const uint32_t (&a)[4], const uint32_t (&b)[2],
                                              int32_t (&d)[4]) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
       "%9}, "
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // of the same words, in quarters (mma.m8n8k16)
+#pragma unroll
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const int rows = quarter % 2, columns = quarter / 2;
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+r"(d[2 * rows]), "+r"(d[2 * rows + 1])
+        : "r"(a[quarter]), "r"(b[columns]));
+  }
+#endif
 }
 
 // ---- Ops one after the other (PTX ISA, griddepcontrol)
@@ -37,19 +48,43 @@ __device__ __forceinline__ void AwaitOpsBefore() {
 template <int bytes>
 __device__ __forceinline__ void StartCopy(const void* from, void* to) {
   static_assert(bytes == 8 || bytes == 16);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // done at once
+  using Piece = std::conditional_t<bytes == 16, uint4, uint2>;
+  *static_cast<Piece*>(to) = *static_cast<const Piece*>(from);
+#else
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   if constexpr (bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
   }
+#endif
 }
 // Makes one group of all copies since the last.
-__device__ __forceinline__ void EndCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void EndCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 // Until no more than the last `left` groups of this thread are not done.
 template <int left>
 __device__ __forceinline__ void WaitForCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+#endif
+}
+
+// The largest value of a warp's threads, for all of them.
+__device__ __forceinline__ uint32_t WarpMax(uint32_t value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(~0u, value);
+#else
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+#endif
 }
 
 // Brings the line that holds `data` closer, to where all blocks share it.

@@ -10,7 +10,12 @@ namespace {
 // ---- CUDA kernels
 
 constexpr int kTileThreads = kTilePanels * kWarp;  // a warp per panel, a warpgroup per four
-constexpr int kBlocksPerMultiprocessor = 2;        // one stores outputs while one multiplies
+// One stores outputs while one multiplies, where there is shared memory for two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocksPerMultiprocessor = 1;
+#else
+constexpr int kBlocksPerMultiprocessor = 2;
+#endif
 constexpr int kChunks = 4;  // of 16 columns, in a step; two of them are a product
 
 // One step's operands, with N rows of x. These lie as tensor cores take a B operand: eight rows of

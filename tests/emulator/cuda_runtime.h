@@ -85,14 +85,6 @@ T __shfl_up_sync(unsigned, T value, int delta) {
   const int from = ternion::emulator::LaneOfThread() - delta;
   return ternion::emulator::ShuffleFrom(value, from >= 0 ? from : from + delta);
 }
-inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const uint32_t other = __shfl_xor_sync(~0u, value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
 inline size_t __cvta_generic_to_shared(const void* data) {
   return ternion::emulator::AddressOfShared(data);
 }

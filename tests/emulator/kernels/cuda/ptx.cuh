@@ -36,6 +36,13 @@ template <int left>
 void WaitForCopies() {
   emulator::WaitForCopies(left);
 }
+inline uint32_t WarpMax(uint32_t value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
 inline void PrefetchLine(const void*) {}
 
 inline bool HasWarpgroups() { return emulator::HasWarpgroups(); }
