@@ -5,6 +5,14 @@ namespace ternion::base {
 Buffer::Buffer(size_t bytes, Memory& memory)
     : data_(bytes == 0 ? nullptr : memory.Allocate(bytes)), size_(bytes), memory_(&memory) {}
 
+Buffer Buffer::Unset(size_t bytes, Memory& memory) {
+  Buffer buffer;
+  if (bytes > 0) buffer.data_ = memory.AllocateUnset(bytes);
+  buffer.size_ = bytes;
+  buffer.memory_ = &memory;
+  return buffer;
+}
+
 Buffer::~Buffer() {
   if (data_ != nullptr) memory_->Free(data_, size_);
 }
@@ -18,7 +26,7 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
 
 void Buffer::MoveTo(Memory& memory) {
   if (size_ == 0 || &memory == memory_) return;
-  Buffer moved(size_, memory);
+  Buffer moved = Unset(size_, memory);
   memory.Write(data_, size_, moved.data_);
   *this = std::move(moved);
 }

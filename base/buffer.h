@@ -16,6 +16,8 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(size_t bytes, Memory& memory = HostMemory());
+  // With anything in it, for those who write all of it.
+  static Buffer Unset(size_t bytes, Memory& memory);
   ~Buffer();
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept;

@@ -13,6 +13,8 @@ class Memory : public std::pmr::memory_resource {
  public:
   // `bytes` > 0, zeroed and 64-byte aligned. Running out is std::bad_alloc.
   virtual uint8_t* Allocate(size_t bytes) = 0;
+  // The same with anything in it, for those who write all of it.
+  virtual uint8_t* AllocateUnset(size_t bytes) { return Allocate(bytes); }
   virtual void Free(uint8_t* data, size_t bytes) = 0;
 
   // From the host to `to` in this memory. Returns when the bytes are there.

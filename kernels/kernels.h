@@ -361,6 +361,19 @@ struct SampleArgs {
   int64_t vocab = 0;
 };
 
+// A ternary matrix as a seed decides it (kernels/ternary_draw.h), straight into its own layout:
+// kTiles or kTilesBase3. All of its bytes are written. Null in tables of CPUs, whose hosts draw by
+// themselves. Unlike other ops, several threads may call it at a time, each of which has allocated
+// its `codes` itself. Products may touch weights before ops before them are done: wait in between.
+struct DrawTernaryArgs {
+  uint64_t seed = 0;
+  uint64_t first_draw = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  TernaryLayout layout = TernaryLayout::kTiles;
+  uint8_t* codes = nullptr;  // [TernaryBytes(rows, columns, layout)]
+};
+
 // out[i] = 0.
 struct ZeroArgs {
   float* out = nullptr;  // [count]
@@ -405,6 +418,7 @@ struct Kernels {
   void (*pack_codes)(const PackCodesArgs&, Executor&) = nullptr;
   void (*unpack_int4)(const UnpackInt4Args&, Executor&) = nullptr;
   void (*sample)(const SampleArgs&, Executor&) = nullptr;
+  void (*draw_ternary)(const DrawTernaryArgs&, Executor&) = nullptr;
   void (*weighted_sum)(const WeightedSumArgs&, Executor&) = nullptr;
   void (*zero)(const ZeroArgs&, Executor&) = nullptr;
   void (*copy)(const CopyArgs&, Executor&) = nullptr;

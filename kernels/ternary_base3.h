@@ -66,6 +66,22 @@ struct Base3Words {
   uint32_t word[3];
   uint32_t last;
 
+  // Of operands with four codes in each.
+  static constexpr Base3Words Pack(const uint32_t (&operands)[kOperandsOfBlock]) {
+    Base3Words packed = {};
+    for (int w = 0; w < 3; ++w) {
+      uint32_t values = 0;  // no byte gets past 242
+      for (int n = 0; n < kTritsOfByte; ++n) values = values * 3 + operands[w * kTritsOfByte + n];
+      for (int byte = 0; byte < 4; ++byte) {
+        packed.word[w] |= uint32_t{PackTrits(static_cast<uint8_t>(values >> 8 * byte))} << 8 * byte;
+      }
+    }
+    const uint32_t last = operands[kOperandsOfBlock - 1];
+    packed.last = PackTrits(static_cast<uint8_t>((last & 0xff) * 81 + (last >> 8 & 0xff) * 27 +
+                                                 (last >> 16 & 0xff) * 9 + (last >> 24) * 3));
+    return packed;
+  }
+
   // Four codes in each.
   constexpr void Unpack(uint32_t (&operands)[kOperandsOfBlock]) const {
     for (int w = 0; w < 3; ++w) UnpackTrits(word[w], operands + w * kTritsOfByte);

@@ -175,6 +175,25 @@ absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::LoadTernary(
   return matrix;
 }
 
+absl::StatusOr<kernels::OwnedTernaryMatrix> Checkpoint::DrawTernary(
+    const std::string& name, int64_t rows, int64_t columns, kernels::TernaryLayout layout,
+    const kernels::Kernels& kernels, kernels::Executor& executor) const {
+  TERNION_RETURN_IF_ERROR(CheckTernary(name, rows, columns));
+  TERNION_ASSIGN_OR_RETURN(const float scale, LoadScale(name + ".weight_scale"));
+  kernels::OwnedTernaryMatrix matrix;
+  matrix.codes =
+      base::Buffer::Unset(kernels::TernaryBytes(rows, columns, layout), *executor.memory);
+  matrix.view = {matrix.codes.data(), scale, rows, columns, layout};
+  kernels.draw_ternary({.seed = *config_.random_seed,
+                        .first_draw = random_.at(name + ".weight").first_draw,
+                        .rows = rows,
+                        .columns = columns,
+                        .layout = layout,
+                        .codes = matrix.codes.data()},
+                       executor);
+  return matrix;
+}
+
 absl::StatusOr<OwnedDenseMatrix> Checkpoint::LoadDense(const std::string& name, int64_t rows,
                                                        int64_t columns) const {
   TERNION_ASSIGN_OR_RETURN(const Tensor read, Read(name));

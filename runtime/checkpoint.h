@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "base/buffer.h"
+#include "kernels/kernels.h"
 #include "kernels/ternary.h"
 #include "runtime/config.h"
 #include "runtime/random_weights.h"
@@ -42,6 +43,13 @@ class Checkpoint {
   absl::StatusOr<kernels::OwnedTernaryMatrix> LoadTernary(
       const std::string& name, int64_t rows, int64_t columns,
       kernels::TernaryLayout layout = kernels::TernaryLayout::kPanels) const;
+  // The same in the executor's memory, drawn there by kernels that can (Kernels::draw_ternary) once
+  // they come to it. For a checkpoint that is a seed.
+  absl::StatusOr<kernels::OwnedTernaryMatrix> DrawTernary(const std::string& name, int64_t rows,
+                                                          int64_t columns,
+                                                          kernels::TernaryLayout layout,
+                                                          const kernels::Kernels& kernels,
+                                                          kernels::Executor& executor) const;
   // The checks of LoadTernary that need no weight bytes: presence, type, shape.
   absl::Status CheckTernary(const std::string& name, int64_t rows, int64_t columns) const;
 

@@ -6,6 +6,7 @@
 
 #include "base/logging.h"
 #include "base/status.h"
+#include "comm/finish.h"
 #include "runtime/model.h"
 
 namespace ternion::runtime {
@@ -21,14 +22,18 @@ class LoadJobs {
   LoadJobs(const Checkpoint& checkpoint, const RankResources& resources)
       : checkpoint_(checkpoint),
         kernels_(*resources.kernels),
-        memory_(*resources.executor->memory) {}
+        executor_(*resources.executor),
+        memory_(*executor_.memory),
+        draws_(checkpoint.config().random_seed && kernels_.draw_ternary != nullptr) {}
 
   void Ternary(std::string name, int64_t rows, int64_t columns, kernels::OwnedTernaryMatrix* out,
                TernaryLayout layout = TernaryLayout::kPanels) {
     const bool lines = kernels_.skips_lines && layout != TernaryLayout::kPanels;
     jobs_.push_back([=, this, name = std::move(name)]() -> absl::Status {
       const TernaryLayout used = lines ? layout : layout_;
-      TERNION_ASSIGN_OR_RETURN(*out, checkpoint_.LoadTernary(name, rows, columns, used));
+      TERNION_ASSIGN_OR_RETURN(
+          *out, draws_ ? checkpoint_.DrawTernary(name, rows, columns, used, kernels_, executor_)
+                       : checkpoint_.LoadTernary(name, rows, columns, used));
       out->MoveTo(memory_);
       return absl::OkStatus();
     });
@@ -66,7 +71,7 @@ class LoadJobs {
   // When all jobs are there, before Run: packs weights smaller if they do not fit into `room`
   // bytes.
   void FitInto(int64_t room) {
-    if (bytes_ <= room || smaller_bytes_ == bytes_) return;
+    if (bytes_ <= room || smaller_bytes_ >= bytes_) return;
     spdlog::info(
         "weights are packed in base 3, into {} MB: at two bits they would take {} of {} MB",
         smaller_bytes_ >> 20, bytes_ >> 20, memory_.capacity_bytes() >> 20);
@@ -93,8 +98,10 @@ class LoadJobs {
         if (thread == 0 && progress) progress(finished, jobs_.size());
       }
     });
-    if (progress && status.ok()) progress(jobs_.size(), jobs_.size());
-    return status;
+    TERNION_RETURN_IF_ERROR(status);
+    TERNION_RETURN_IF_ERROR(comm::Finish(kernels_, executor_));  // products do not wait for draws
+    if (progress) progress(jobs_.size(), jobs_.size());
+    return absl::OkStatus();
   }
 
   int64_t bytes() const { return bytes_; }
@@ -102,7 +109,9 @@ class LoadJobs {
  private:
   const Checkpoint& checkpoint_;
   const kernels::Kernels& kernels_;
+  kernels::Executor& executor_;
   base::Memory& memory_;
+  const bool draws_;                        // ternary weights, in memory_
   TernaryLayout layout_ = kernels_.layout;  // of all weights but those in lines
   std::vector<std::function<absl::Status()>> jobs_;
   int64_t bytes_ = 0;          // of all jobs

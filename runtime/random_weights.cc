@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/checked.h"
 #include "base/random.h"
+#include "kernels/ternary_draw.h"
 
 namespace ternion::runtime {
 namespace {
@@ -22,17 +23,11 @@ float NormalOf(uint64_t bits) {
   return (sum - 2.0f) * std::sqrt(3.0f);
 }
 
-// Bytes of four codes {0, 1, 2}: 81 of 256.
-const uint8_t* TernaryBytes() {
-  static const auto table = [] {
-    std::array<uint8_t, 81> bytes{};
-    for (int i = 0; i < 81; ++i) {
-      bytes[i] = static_cast<uint8_t>(i % 3 | i / 3 % 3 << 2 | i / 9 % 3 << 4 | i / 27 << 6);
-    }
-    return bytes;
-  }();
-  return table.data();
-}
+constexpr auto kBytes = [] {
+  std::array<uint8_t, kernels::kTernaryBytes> bytes{};
+  for (uint32_t i = 0; i < kernels::kTernaryBytes; ++i) bytes[i] = kernels::ByteOfChoice(i);
+  return bytes;
+}();
 
 uint16_t ToBf16(float x) {
   uint32_t bits;
@@ -102,10 +97,9 @@ int64_t RandomTensor::bytes() const {
 
 void RandomTensor::Draw(uint64_t seed, int64_t begin, std::span<uint8_t> out) const {
   if (fill == Fill::kTernary) {
-    const uint8_t* bytes = TernaryBytes();
     for (size_t i = 0; i < out.size(); ++i) {
       const uint64_t bits = base::RandomBits(seed, first_draw + begin + i);
-      out[i] = bytes[(bits >> 32) * 81 >> 32];
+      out[i] = kBytes[kernels::TernaryChoice(bits)];
     }
     return;
   }

@@ -27,10 +27,15 @@ uint8_t* TryAllocate(size_t bytes) {
 
 }  // namespace
 
-uint8_t* DeviceMemory::Allocate(size_t bytes) {
+uint8_t* DeviceMemory::AllocateUnset(size_t bytes) {
   cudaSetDevice(device_);  // threads that load weights have not chosen one yet
   uint8_t* const data = Take(SizeOfPiece(bytes));
   if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
+uint8_t* DeviceMemory::Allocate(size_t bytes) {
+  uint8_t* const data = AllocateUnset(bytes);
   cudaMemset(data, 0, bytes);
   cudaDeviceSynchronize();  // streams of ours do not wait for it
   return data;

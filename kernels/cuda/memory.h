@@ -19,6 +19,8 @@ class DeviceMemory : public base::Memory {
       : device_(device), capacity_bytes_(capacity_bytes) {}
 
   uint8_t* Allocate(size_t bytes) override;
+  // Waits for nothing. The thread may call ops on this device from then on.
+  uint8_t* AllocateUnset(size_t bytes) override;
   // Ops that were called before may still use it: waits for them.
   void Free(uint8_t* data, size_t bytes) override;
   void Write(const void* from, size_t bytes, void* to) override;

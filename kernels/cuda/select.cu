@@ -63,6 +63,7 @@ constexpr Kernels kTable = {
     .pack_codes = cuda::PackCodes,
     .unpack_int4 = cuda::UnpackInt4,
     .sample = cuda::Sample,
+    .draw_ternary = cuda::DrawTernary,
     .weighted_sum = cuda::WeightedSum,
     .zero = cuda::Zero,
     .copy = Copy,

@@ -33,6 +33,9 @@ void GateTopK(const GateTopKArgs& args, Executor& executor);
 // sample.cu
 void Sample(const SampleArgs& args, Executor& executor);
 
+// draw.cu
+void DrawTernary(const DrawTernaryArgs& args, Executor& executor);
+
 // ternary.cu
 void TernaryMatmul(const TernaryMatmulArgs& args, Executor& executor);
 void ExpertMatmul(const ExpertMatmulArgs& args, Executor& executor);

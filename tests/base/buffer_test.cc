@@ -91,6 +91,19 @@ TEST(Buffer, LiesInItsMemoryAndMovesToAnother) {
   EXPECT_EQ(other.lent_bytes, 0u);
 }
 
+TEST(Buffer, MayHoldAnythingAtFirst) {
+  CountingMemory memory;
+  {
+    Buffer buffer = Buffer::Unset(100, memory);
+    EXPECT_EQ(buffer.size(), 100u);
+    EXPECT_EQ(buffer.memory(), &memory);
+    buffer.data()[99] = 1;
+    EXPECT_EQ(memory.lent_bytes, 100u);
+    EXPECT_EQ(Buffer::Unset(0, memory).data(), nullptr);
+  }
+  EXPECT_EQ(memory.lent_bytes, 0u);
+}
+
 TEST(Memory, IsAResourceOfContainers) {
   CountingMemory memory;
   {

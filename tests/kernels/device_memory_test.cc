@@ -34,9 +34,11 @@ TEST(DeviceMemory, PiecesAreZeroedAlignedAndApart) {
       continue;
     }
     const size_t bytes = rng() % 100 == 0 ? size_t{9} << 20 : 1 + rng() % 4 * 333 * (1 + rng() % 9);
-    const Piece piece = {memory.Allocate(bytes), bytes, static_cast<uint8_t>(1 + rng() % 255)};
+    const bool unset = rng() % 2 == 0;
+    const Piece piece = {unset ? memory.AllocateUnset(bytes) : memory.Allocate(bytes), bytes,
+                         static_cast<uint8_t>(1 + rng() % 255)};
     ASSERT_EQ(reinterpret_cast<uintptr_t>(piece.data) % 256, 0u);
-    ASSERT_TRUE(has(piece, 0));
+    ASSERT_TRUE(unset || has(piece, 0));
     std::fill_n(piece.data, bytes, piece.mark);
     pieces.push_back(piece);
   }

@@ -28,7 +28,7 @@ Json ReportOf(const Case& c, const std::string& device, const TempDir& place) {
       "was the age of wisdom, it was the age of foolishness, it was the epoch of belief\n");
   Strings arguments = {"run",
                        "--model",
-                       SourcePath("models/" + c.model),
+                       c.model.starts_with("/") ? c.model : SourcePath("models/" + c.model),
                        "--device",
                        device,
                        "--prompt-file",
@@ -66,6 +66,43 @@ TEST(CudaMemory, WeightsThatDoNotFitArePackedInBase3) {
   ASSERT_TRUE(two_bits.contains("logits_hash") && base3.contains("logits_hash"));
   EXPECT_LT(base3["per_rank"][0]["weight_bytes"], two_bits["per_rank"][0]["weight_bytes"]);
   EXPECT_EQ(base3["logits_hash"], two_bits["logits_hash"]);
+}
+
+// Weights that are drawn when the model is loaded: by the device, straight into either layout, and
+// by the host. Two layers are dense.
+TEST(CudaDraw, GivesTheWeightsThatTheHostDraws) {
+  TempDir place;
+  const Json config = {{"model_type", "bitnet_moe"},
+                       {"vocab_size", 256},
+                       {"hidden_size", 252},
+                       {"num_hidden_layers", 4},
+                       {"num_attention_heads", 4},
+                       {"num_key_value_heads", 2},
+                       {"head_dim", 48},
+                       {"max_position_embeddings", 512},
+                       {"first_k_dense_replace", 2},
+                       {"intermediate_size", 250},
+                       {"num_experts", 6},
+                       {"num_experts_per_tok", 2},
+                       {"moe_intermediate_size", 126},
+                       {"shared_expert_intermediate_size", 101}};
+  WriteText(place.path("small.json"), config.dump());
+  const std::string model = place.path("model");
+  ASSERT_EQ(RunTernion(0, {"synth", "--config", place.path("small.json"), "--seed", "11",
+                           "--seed-only", "--out", model})
+                .exit_code,
+            0);
+  const Case roomy = {"Roomy", 1, model, {"--kv-tokens", "1000"}};
+  const Case full = {"Full", 1, model, {"--kv-tokens", "172032"}};  // leaves nothing of 256 MB
+  const Json host = ReportOf(roomy, "cpu", place), two_bits = ReportOf(roomy, "cuda", place),
+             base3 = ReportOf(full, "cuda", place);
+  for (const Json& report : {host, two_bits, base3}) ASSERT_TRUE(report.contains("logits_hash"));
+  EXPECT_EQ(two_bits["logits_hash"], host["logits_hash"]);
+  EXPECT_LT(base3["per_rank"][0]["weight_bytes"], two_bits["per_rank"][0]["weight_bytes"]);
+  EXPECT_EQ(base3["logits_hash"], host["logits_hash"]);
+  const Case ranks = {"Ranks", 2, model, {"--wire", "exact", "--micro-batches", "2"}};
+  EXPECT_EQ(ReportOf(ranks, "cuda", place)["logits_hash"],
+            ReportOf(ranks, "cpu", place)["logits_hash"]);
 }
 
 INSTANTIATE_TEST_SUITE_P(
