@@ -16,7 +16,7 @@ constexpr int kMatmulThreads = 256;
 constexpr int kMatmulWarps = kMatmulThreads / kWarp;
 constexpr int kProductRows = 8;  // rows of x in one product of a warp
 constexpr int kMaxProducts = 4;  // that share their weights
-constexpr int kRing = 8;         // units of weights that a warp works on or waits for
+constexpr int kRing = 4;         // units of weights that a warp works on or waits for
 
 // Of a block that multiplies up to kProducts * kProductRows rows at a time.
 template <typename Weights, int kProducts>
@@ -33,71 +33,99 @@ class PanelCopier {
  public:
   using Unit = typename Weights::Unit;
 
+  // Asks for the first units. May be called before ops are done that come first: none writes
+  // weights.
   __device__ PanelCopier(const TernaryMatrix& weights, int panel, Unit (*rings)[kRing])
-      : ring_(rings[threadIdx.x / kWarp]),
-        panel_bytes_(static_cast<int>(weights.stride_bytes())),
-        panel_(weights.codes + int64_t{panel} * panel_bytes_) {}
-
-  // Weights may be asked for before ops are done that come first: none writes any.
-  __device__ void Begin() const {
+      : ring_(reinterpret_cast<uint8_t*>(rings[threadIdx.x / kWarp])) {
+    const int at = threadIdx.x % kWarp * static_cast<int>(sizeof(uint4));
+    const int first = threadIdx.x / kWarp * static_cast<int>(sizeof(Unit)) + at;
+    const int panel_bytes = static_cast<int>(weights.stride_bytes());
+    ring_ += at;
+    from_ = weights.codes + int64_t{panel} * panel_bytes + first;
+    left_ = at < static_cast<int>(sizeof(Unit)) ? panel_bytes - first : 0;
 #pragma unroll
-    for (int i = 0; i < kRing - 1; ++i) Start(i);
+    for (int slot = 0; slot < kRing - 1; ++slot) Start(slot);
   }
-  // The warp's i-th unit, for each i in turn and all lanes together.
-  __device__ __forceinline__ const Unit& Wait(int i) const {
+
+  // Until the warp's next unit is in `slot`, which all lanes name in turn, from 0 on.
+  __device__ __forceinline__ void Wait(int slot) {
     WaitForCopies<kRing - 2>();
     __syncwarp();  // so have the other lanes, and they are done with the unit before
-    Start(i + kRing - 1);
-    return ring_[i % kRing];
+    Start((slot + kRing - 1) % kRing);
   }
 
  private:
-  __device__ __forceinline__ void Start(int i) const {
-    const int lane = threadIdx.x % kWarp, unit = threadIdx.x / kWarp + i * kMatmulWarps;
-    const int at = lane * static_cast<int>(sizeof(uint4));
-    const int from = unit * static_cast<int>(sizeof(Unit)) + at;
-    if (at < static_cast<int>(sizeof(Unit)) && from < panel_bytes_) {
-      StartCopy<sizeof(uint4)>(panel_ + from, reinterpret_cast<uint8_t*>(&ring_[i % kRing]) + at);
-    }
+  // A lane's piece of the next unit.
+  __device__ __forceinline__ void Start(int slot) {
+    constexpr int kStride = kMatmulWarps * static_cast<int>(sizeof(Unit));
+    if (left_ > 0) StartCopy<sizeof(uint4)>(from_, ring_ + slot * sizeof(Unit));
     EndCopies();
+    from_ += kStride;
+    left_ -= kStride;
   }
 
-  Unit* const ring_;
-  const int panel_bytes_;
-  const uint8_t* const panel_;
+  uint8_t* ring_;
+  const uint8_t* from_;
+  int left_;  // bytes, from there to the panel's end
 };
 
-// One panel times N * kProductRows rows from `first` on, some of which may lie behind the group's
-// last. The block's warps share the columns.
-template <int N, typename Weights, typename Memory>
-__device__ inline void PanelTimesRows(const QuantizedRows& x, const RowMap& rows,
-                                      const TernaryGroup& group, int64_t panel, int64_t first,
-                                      const PanelCopier<Weights>& copier, Memory& memory) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int g = lane / 4, q = lane % 4;
-  const int num_steps = static_cast<int>(base::CeilDiv(group.weights.columns, kTileColumns));
-  const int num_units = (num_steps + 1) / kUnitSteps, num_whole = num_steps / kUnitSteps;
-  const int8_t* codes[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int64_t row = first + n * kProductRows + g, last = group.num_rows - 1;
-    codes[n] = x.codes + rows(row < last ? row : last) * x.stride + 16 * q;
-  }
-  int32_t sums[N][4] = {};
-  for (int i = 0, unit = warp; unit < num_units; ++i, unit += kMatmulWarps) {
-    // Rows may end within a unit: what is read in place of the rest is multiplied by 0.
-    const bool half = unit >= num_whole;
-    const int column = unit * kUnitColumns, second = half ? 0 : kTileColumns;
-    uint4 v[kUnitSteps][N];
+// A warp's units of one panel times N * kProductRows rows of x.
+template <typename Weights, int N>
+class WarpProduct {
+ public:
+  using Unit = typename Weights::Unit;
+
+  // Some rows may lie behind the group's last: in their place there is that one.
+  __device__ WarpProduct(const QuantizedRows& x, const RowMap& rows, const TernaryGroup& group,
+                         int64_t first, const Unit (*rings)[kRing])
+      : ring_(rings[threadIdx.x / kWarp]),
+        num_steps_(static_cast<int>(base::CeilDiv(group.weights.columns, kTileColumns))) {
+    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      v[0][n] = *reinterpret_cast<const uint4*>(codes[n] + column);
-      v[1][n] = *reinterpret_cast<const uint4*>(codes[n] + column + second);
+      const int64_t row = first + n * kProductRows + g, last = group.num_rows - 1;
+      codes_[n] = x.codes + rows(row < last ? row : last) * x.stride + 16 * q + warp * kUnitColumns;
     }
-    UnitOperands a;
-    Weights::Unpack(copier.Wait(i), lane, half, a);
+  }
+
+  __device__ __forceinline__ void Run(PanelCopier<Weights>& copier, int32_t (&sums)[N][4]) {
+    int unit = threadIdx.x / kWarp;
+    const int slot = RunWholeUnits(copier, unit, sums);
+    if (unit * kUnitSteps < num_steps_) Multiply<1>(copier, slot, sums);
+  }
+
+ private:
+  // Returns the slot of the unit behind.
+  __device__ __forceinline__ int RunWholeUnits(PanelCopier<Weights>& copier, int& unit,
+                                               int32_t (&sums)[N][4]) {
+    const int num_whole = num_steps_ / kUnitSteps;
+    for (;;) {
 #pragma unroll
-    for (int s = 0; s < kUnitSteps; ++s) {
+      for (int slot = 0; slot < kRing; ++slot, unit += kMatmulWarps) {
+        if (unit >= num_whole) return slot;
+        Multiply<kUnitSteps>(copier, slot, sums);
+      }
+    }
+  }
+
+  // The next unit, or its first step alone.
+  template <int kSteps>
+  __device__ __forceinline__ void Multiply(PanelCopier<Weights>& copier, int slot,
+                                           int32_t (&sums)[N][4]) {
+    uint4 v[kSteps][N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        v[s][n] = *reinterpret_cast<const uint4*>(codes_[n] + s * kTileColumns);
+      }
+      codes_[n] += kMatmulWarps * kUnitColumns;
+    }
+    copier.Wait(slot);
+    UnitOperands a;
+    Weights::Unpack(ring_[slot], threadIdx.x % kWarp, a);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         MultiplyTile(a[2 * s], {v[s][n].x, v[s][n].y}, sums[n]);
@@ -105,6 +133,20 @@ __device__ inline void PanelTimesRows(const QuantizedRows& x, const RowMap& rows
       }
     }
   }
+
+  const Unit* const ring_;
+  const int num_steps_;
+  const int8_t* codes_[N];
+};
+
+// One panel times N * kProductRows rows from `first` on. The block's warps share the columns.
+template <int N, typename Weights, typename Memory>
+__device__ inline void PanelTimesRows(const QuantizedRows& x, const RowMap& rows,
+                                      const TernaryGroup& group, int64_t panel, int64_t first,
+                                      PanelCopier<Weights>& copier, Memory& memory) {
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+  int32_t sums[N][4] = {};
+  WarpProduct<Weights, N>(x, rows, group, first, memory.ring).Run(copier, sums);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -126,14 +168,14 @@ __device__ inline void PanelTimesRows(const QuantizedRows& x, const RowMap& rows
   __syncthreads();
 }
 
-// A block's panel times all rows of the group; the copier has begun.
+// A block's panel times all rows of the group, for which the copier has set out.
 template <int kProducts, typename Weights, typename Memory>
 __device__ inline void PanelTimesGroup(const QuantizedRows& x, const RowMap& rows,
-                                       const TernaryGroup& group, int64_t panel,
-                                       const PanelCopier<Weights>& copier, Memory& memory) {
+                                       const TernaryGroup& group, int panel,
+                                       PanelCopier<Weights>& copier, Memory& memory) {
   for (int64_t row = 0; row < group.num_rows; row += kProducts * kProductRows) {
     const int64_t left = group.num_rows - row;
-    if (row > 0) copier.Begin();
+    if (row > 0) copier = PanelCopier<Weights>(group.weights, panel, memory.ring);
     if (kProducts == 1 || left <= kProductRows) {
       PanelTimesRows<1>(x, rows, group, panel, row, copier, memory);
     } else if (left <= 2 * kProductRows) {
@@ -144,8 +186,8 @@ __device__ inline void PanelTimesGroup(const QuantizedRows& x, const RowMap& row
   }
 }
 
-// With one product at a time there are registers for twice as many blocks.
-constexpr int BlocksOfMultiprocessor(int products) { return products == 1 ? 4 : 2; }
+// With one product at a time there are registers for more blocks.
+constexpr int BlocksOfMultiprocessor(int products) { return products == 1 ? 5 : 2; }
 
 // A block per panel of each group.
 template <typename Weights, int kProducts>
@@ -154,8 +196,7 @@ __global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProduc
   __shared__ PanelMemory<Weights, kProducts> memory;
   const TernaryGroups::Panel at = groups.PanelAt(static_cast<int>(blockIdx.x));
   const TernaryGroup& group = groups.group[at.group];
-  const PanelCopier<Weights> copier(group.weights, at.panel, memory.ring);
-  copier.Begin();
+  PanelCopier<Weights> copier(group.weights, at.panel, memory.ring);
   AwaitOpsBefore();
   PanelTimesGroup<kProducts>(x, RowMap{group.row_begin}, group, at.panel, copier, memory);
 }
@@ -174,10 +215,10 @@ __global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProduc
                               .num_rows = args.begin[expert + 1] - begin,
                               .y = of.y + begin * args.rows,
                               .y_stride = args.rows};
-  const PanelCopier<Weights> copier(group.weights, static_cast<int>(blockIdx.x), memory.ring);
-  copier.Begin();
+  const int panel = static_cast<int>(blockIdx.x);
+  PanelCopier<Weights> copier(group.weights, panel, memory.ring);
   const RowMap rows = {begin, args.order, args.k};
-  PanelTimesGroup<kProducts>(args.x, rows, group, blockIdx.x, copier, memory);
+  PanelTimesGroup<kProducts>(args.x, rows, group, panel, copier, memory);
 }
 
 }  // namespace

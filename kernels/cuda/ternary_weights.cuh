@@ -23,13 +23,12 @@ struct TwoBitWeights {
     uint2 words[kWarp];
   };
 
-  // A lane's operands; with half, those of the second step are 0, whatever its block holds.
+  // A lane's operands.
   struct alignas(16) Unit {
     Block block[kUnitSteps];
   };
-  __device__ static void Unpack(const Unit& unit, int lane, bool half, UnitOperands& a) {
-    const uint2 first = unit.block[0].words[lane];
-    const uint2 second = half ? uint2{} : unit.block[1].words[lane];
+  __device__ static void Unpack(const Unit& unit, int lane, UnitOperands& a) {
+    const uint2 first = unit.block[0].words[lane], second = unit.block[1].words[lane];
     UnpackTile(first.x, a[0]);
     UnpackTile(first.y, a[1]);
     UnpackTile(second.x, a[2]);
@@ -55,8 +54,8 @@ struct Base3Weights {
   static constexpr int kSteps = 2;
   using Block = Base3Block;
 
-  using Unit = Block;  // it ends with codes 0
-  __device__ static void Unpack(const Unit& unit, int lane, bool, UnitOperands& a) {
+  using Unit = Block;
+  __device__ static void Unpack(const Unit& unit, int lane, UnitOperands& a) {
     uint32_t operands[kOperandsOfBlock];
     WordsOfThread(unit, lane).Unpack(operands);
 #pragma unroll
@@ -76,7 +75,7 @@ struct Base3Weights {
   __device__ static uint2 TilesOf(int step, const Block& block, int lane) {
     __syncwarp();  // other lanes waited for their copies, too
     UnitOperands a;
-    Unpack(block, lane, false, a);
+    Unpack(block, lane, a);
     return {PackTile(a[2 * step]), PackTile(a[2 * step + 1])};
   }
 };
