@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 scripts=(cluster/virtual/cluster cluster/openmpi.sh cluster/slurm/ternion.sbatch
-  cluster/gpu/bundle cluster/gpu/run cluster/gpu/check scripts/install_deps.sh "$0")
+  cluster/gpu/bundle cluster/gpu/run cluster/gpu/check cluster/gpu/measure scripts/install_deps.sh "$0")
 
 check_scripts() {
   local script
@@ -48,6 +48,8 @@ check_bundle() {
   command -v nvidia-smi >/dev/null && exit
   ! bundle/check 2>error || exit 1
   grep -q 'no GPU here' error
+  ! bundle/measure out tiny 2>error || exit 1
+  grep -q 'failed: kernels tiny' error
 }
 
 part=$1
