@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <sys/sysinfo.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -32,18 +33,24 @@ uint8_t* MapHugePages(size_t bytes) {
   return aligned;
 }
 
+uint8_t* AllocateLines(size_t bytes) {
+  const size_t rounded = RoundUp(bytes, kCacheLineBytes);
+  void* data = std::aligned_alloc(kCacheLineBytes, rounded);
+  if (data == nullptr) throw std::bad_alloc();
+  std::memset(data, 0, rounded);
+  return static_cast<uint8_t*>(data);
+}
+
 class Host : public Memory {
  public:
   uint8_t* Allocate(size_t bytes) override {
-    if (bytes >= kHugePageBytes) return MapHugePages(bytes);
-    const size_t rounded = RoundUp(bytes, kCacheLineBytes);
-    void* data = std::aligned_alloc(kCacheLineBytes, rounded);
-    if (data == nullptr) throw std::bad_alloc();
-    std::memset(data, 0, rounded);
-    return static_cast<uint8_t*>(data);
+    uint8_t* const data = bytes >= kHugePageBytes ? MapHugePages(bytes) : AllocateLines(bytes);
+    allocated_bytes_ += static_cast<int64_t>(bytes);
+    return data;
   }
 
   void Free(uint8_t* data, size_t bytes) override {
+    allocated_bytes_ -= static_cast<int64_t>(bytes);
     if (bytes >= kHugePageBytes) {
       munmap(data, RoundUp(bytes, kHugePageBytes));
     } else {
@@ -57,6 +64,10 @@ class Host : public Memory {
     struct sysinfo info;
     return sysinfo(&info) == 0 ? static_cast<int64_t>(info.totalram) * info.mem_unit : 0;
   }
+  int64_t allocated_bytes() const override { return allocated_bytes_; }
+
+ private:
+  std::atomic<int64_t> allocated_bytes_ = 0;
 };
 
 }  // namespace

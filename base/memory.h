@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
+#include <optional>
 
 namespace ternion::base {
 
@@ -22,6 +23,10 @@ class Memory : public std::pmr::memory_resource {
 
   // How much there is, in use or not; 0 if it does not tell.
   virtual int64_t capacity_bytes() const = 0;
+  // Of it, what this object has taken and not given back; 0 if it does not tell.
+  virtual int64_t allocated_bytes() const { return 0; }
+  // What nobody has taken, other programs included; none if it does not tell.
+  virtual std::optional<int64_t> free_bytes() const { return std::nullopt; }
 
  private:
   void* do_allocate(size_t bytes, size_t) final { return Allocate(bytes > 0 ? bytes : 1); }

@@ -17,15 +17,18 @@ size_t SizeOfPiece(size_t bytes) {
   return (bytes + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
 }
 
+}  // namespace
+
 // Null when there is no room.
-uint8_t* TryAllocate(size_t bytes) {
+uint8_t* DeviceMemory::TryAllocate(size_t bytes) {
   void* data = nullptr;
-  if (cudaMalloc(&data, bytes) == cudaSuccess) return static_cast<uint8_t*>(data);
+  if (cudaMalloc(&data, bytes) == cudaSuccess) {
+    allocated_bytes_ += static_cast<int64_t>(bytes);
+    return static_cast<uint8_t*>(data);
+  }
   cudaGetLastError();  // or the next launch would report it
   return nullptr;
 }
-
-}  // namespace
 
 uint8_t* DeviceMemory::AllocateUnset(size_t bytes) {
   cudaSetDevice(device_);  // threads that load weights have not chosen one yet
@@ -77,6 +80,7 @@ void DeviceMemory::Free(uint8_t* data, size_t bytes) {
   const size_t size = SizeOfPiece(bytes);
   if (size >= kLargePiece) {
     cudaFree(data);
+    allocated_bytes_ -= static_cast<int64_t>(size);
     return;
   }
   cudaDeviceSynchronize();
@@ -88,6 +92,13 @@ void DeviceMemory::Write(const void* from, size_t bytes, void* to) {
   cudaSetDevice(device_);
   cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
   cudaDeviceSynchronize();  // the copy may return while the last bytes are on their way
+}
+
+std::optional<int64_t> DeviceMemory::free_bytes() const {
+  cudaSetDevice(device_);
+  size_t free_bytes = 0, total_bytes = 0;
+  if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) return std::nullopt;
+  return static_cast<int64_t>(free_bytes);
 }
 
 uint8_t* StagingMemory::Allocate(size_t bytes) {

@@ -1,10 +1,12 @@
 // The memories of a device: its own, and the host's that it reaches.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "base/memory.h"
@@ -25,6 +27,8 @@ class DeviceMemory : public base::Memory {
   void Free(uint8_t* data, size_t bytes) override;
   void Write(const void* from, size_t bytes, void* to) override;
   int64_t capacity_bytes() const override { return static_cast<int64_t>(capacity_bytes_); }
+  int64_t allocated_bytes() const override { return allocated_bytes_; }  // slabs count whole
+  std::optional<int64_t> free_bytes() const override;
 
  private:
   struct Slab {
@@ -33,12 +37,14 @@ class DeviceMemory : public base::Memory {
     size_t used = 0;
   };
 
+  uint8_t* TryAllocate(size_t bytes);
   uint8_t* Take(size_t size);
   uint8_t* TakeFromSlabs(size_t size);
   Slab NewSlab(size_t size);
 
   const int device_;
   const size_t capacity_bytes_;
+  std::atomic<int64_t> allocated_bytes_ = 0;
   std::mutex mutex_;
   std::vector<Slab> slabs_;                        // as long as this
   std::map<size_t, std::vector<uint8_t*>> freed_;  // [size] pieces to use again

@@ -104,6 +104,15 @@ TEST(Buffer, MayHoldAnythingAtFirst) {
   EXPECT_EQ(memory.lent_bytes, 0u);
 }
 
+TEST(Memory, TheHostSaysWhatItHasLent) {
+  const int64_t before = HostMemory().allocated_bytes();
+  {
+    const Buffer small(100), large(3 << 20);
+    EXPECT_EQ(HostMemory().allocated_bytes(), before + 100 + (3 << 20));
+  }
+  EXPECT_EQ(HostMemory().allocated_bytes(), before);
+}
+
 TEST(Memory, IsAResourceOfContainers) {
   CountingMemory memory;
   {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <deque>
 #include <map>
@@ -25,6 +26,9 @@ struct ternion_emulated_event {
 };
 
 namespace ternion::emulator {
+
+constexpr size_t kDeviceBytes = size_t{256} << 20;
+
 namespace {
 
 // ---- Memory
@@ -65,6 +69,12 @@ class Arena {
     if (found == sizes_.end()) Fail("freed what was not allocated");
     free_.insert(*found);
     sizes_.erase(found);
+  }
+
+  size_t allocated_bytes() const {
+    size_t sum = 0;
+    for (const auto& [at, size] : sizes_) sum += size;
+    return sum;
   }
 
   void SetAccess(bool open) {
@@ -200,6 +210,7 @@ cudaError_t Do(std::function<void()> work, bool wait) {
 }  // namespace ternion::emulator
 
 using ternion::emulator::chosen_device;
+using ternion::emulator::kDeviceBytes;
 using ternion::emulator::TheDevice;
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -218,7 +229,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {"emulated device", 9, 0, 4, size_t{256} << 20};
+  *properties = {"emulated device", 9, 0, 4, kDeviceBytes};
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
@@ -241,6 +252,13 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   return ternion::emulator::Allocate(TheDevice().memory, data, bytes);
 }
 cudaError_t cudaFree(void* data) { return ternion::emulator::Free(TheDevice().memory, data); }
+// Of this process, which may take more than the device is said to have.
+cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+  const std::lock_guard lock(TheDevice().mutex);
+  *total_bytes = kDeviceBytes;
+  *free_bytes = kDeviceBytes - std::min(kDeviceBytes, TheDevice().memory.allocated_bytes());
+  return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
   return ternion::emulator::Allocate(TheDevice().pinned, data, bytes);
 }

@@ -16,6 +16,25 @@ struct Piece {
   uint8_t mark;
 };
 
+// The first of all: slabs are never given back.
+TEST(DeviceMemory, SaysWhatItHasTaken) {
+  DeviceMemory memory(0, size_t{1} << 30);
+  EXPECT_EQ(memory.allocated_bytes(), 0);
+  const int64_t free_before = *memory.free_bytes();
+  constexpr size_t kLarge = size_t{9} << 20;
+  uint8_t* const large = memory.Allocate(kLarge);
+  EXPECT_EQ(memory.allocated_bytes(), int64_t{kLarge});
+  EXPECT_EQ(*memory.free_bytes(), free_before - int64_t{kLarge});
+  memory.Free(large, kLarge);
+  EXPECT_EQ(memory.allocated_bytes(), 0);
+  EXPECT_EQ(*memory.free_bytes(), free_before);
+  uint8_t* const small = memory.Allocate(100);  // a slab, which stays
+  EXPECT_GE(memory.allocated_bytes(), 100);
+  const int64_t slab = memory.allocated_bytes();
+  memory.Free(small, 100);
+  EXPECT_EQ(memory.allocated_bytes(), slab);
+}
+
 TEST(DeviceMemory, PiecesAreZeroedAlignedAndApart) {
   emulator::SetStrict(false);  // the host may look
   DeviceMemory memory(0, size_t{1} << 30);
