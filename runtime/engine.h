@@ -95,6 +95,8 @@ class Engine {
   const comm::TrafficMeter& traffic() const { return resources_.transport->traffic(); }
   int num_ranks() const { return resources_.transport->size(); }
   int64_t kv_tokens() const { return kv_cache_->num_pages() * kernels::kPageTokens; }
+  int64_t kv_bytes() const { return kv_cache_->bytes(); }
+  int64_t max_rows() const { return options_.max_rows; }  // of one rank in one step
 
  private:
   // A sequence that this rank owns.

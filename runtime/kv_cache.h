@@ -62,6 +62,7 @@ class KvCache {
 
   int64_t num_pages() const { return num_pages_; }
   int64_t free_pages() const { return static_cast<int64_t>(free_.size()); }
+  int64_t bytes() const { return static_cast<int64_t>(memory_.size()); }
   static int64_t PagesFor(int64_t tokens) { return base::CeilDiv(tokens, kernels::kPageTokens); }
 
  private:

@@ -74,6 +74,25 @@ struct LayerWeights {
   experts::MoeLayerWeights moe;            // views of the two above, and this rank's experts
 };
 
+// What of a rank's weights is of which kind. Norms, a few vectors, are left out.
+struct WeightSizes {
+  struct Ternary {
+    int64_t weights = 0;
+    int64_t bytes = 0;  // of their codes, padded as they lie
+  };
+  Ternary attention;  // q, k, v and o
+  Ternary local_ffn;  // dense MLPs, or shared experts
+  Ternary experts;    // those of this rank
+  int64_t gate_bytes = 0;
+  int64_t embedding_bytes = 0;
+  int64_t head_bytes = 0;  // 0 when tied to the embedding
+
+  int64_t bytes() const {
+    return attention.bytes + local_ffn.bytes + experts.bytes + gate_bytes + embedding_bytes +
+           head_bytes;
+  }
+};
+
 // Hears which experts the gate of `layer` (of those with experts) chose for the batch's rows from
 // `first_row` on: [rows, top_k], distinct in a row.
 using BatchRoutingSink =
@@ -112,6 +131,7 @@ class Model {
 
   int64_t weight_bytes() const { return weight_bytes_; }            // held by this rank
   int64_t num_local_experts() const { return num_local_experts_; }  // over all layers
+  WeightSizes weight_sizes() const;
 
  private:
   Model(const ModelConfig& config, std::shared_ptr<const experts::Placement> placement,

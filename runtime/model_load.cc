@@ -171,6 +171,19 @@ void AddLocalFfn(const ModelConfig& config, const std::string& name, int64_t int
   }
 }
 
+void Add(const kernels::OwnedTernaryMatrix& matrix, WeightSizes::Ternary& sizes) {
+  sizes.weights += matrix.view.rows * matrix.view.columns;
+  sizes.bytes += static_cast<int64_t>(matrix.codes.size());
+}
+
+void Add(const experts::FfnWeights& ffn, WeightSizes::Ternary& sizes) {
+  for (const auto* matrix : {&ffn.gate, &ffn.up, &ffn.down}) Add(*matrix, sizes);
+}
+
+int64_t BytesOf(const OwnedDenseMatrix& matrix) {
+  return static_cast<int64_t>(matrix.memory.size());
+}
+
 }  // namespace
 
 absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress) {
@@ -232,6 +245,23 @@ absl::Status Model::LoadWeights(const Checkpoint& checkpoint, const LoadProgress
     }
   }
   return absl::OkStatus();
+}
+
+WeightSizes Model::weight_sizes() const {
+  WeightSizes sizes;
+  for (const LayerWeights& layer : layers_) {
+    const AttentionWeights& w = layer.attention;
+    for (const auto* matrix : {&w.q, &w.k, &w.v, &w.o}) Add(*matrix, sizes.attention);
+    Add(layer.local_ffn, sizes.local_ffn);
+    const experts::ExpertShard& shard = layer.moe.shard;
+    for (int expert = 0; expert < shard.num_experts(); ++expert) {
+      if (shard.Holds(ExpertId{expert})) Add(shard.at(ExpertId{expert}), sizes.experts);
+    }
+    sizes.gate_bytes += BytesOf(layer.gate);
+  }
+  sizes.embedding_bytes = BytesOf(embedding_);
+  sizes.head_bytes = BytesOf(head_);
+  return sizes;
 }
 
 }  // namespace ternion::runtime

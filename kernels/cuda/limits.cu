@@ -83,6 +83,13 @@ double FastestSeconds(cudaStream_t stream, F enqueue) {
   return fastest;
 }
 
+// Of the device in use.
+bool GetProperties(cudaDeviceProp* properties) {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaGetDeviceProperties(properties, device) == cudaSuccess;
+}
+
 double CopiedBytesPerSecond(Executor& executor, const cudaDeviceProp& properties) {
   const cudaStream_t stream = static_cast<cudaStream_t>(executor.stream);
   const size_t bytes = std::min(size_t{256} << 20, properties.totalGlobalMem / 8);
@@ -112,13 +119,14 @@ double MacsPerSecond(Executor& executor, const cudaDeviceProp& properties) {
 
 }  // namespace
 
-DeviceLimits MeasureDeviceLimits(Executor& executor) {
-  int device = 0;
+double DeviceCopyBandwidth(Executor& executor) {
   cudaDeviceProp properties;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
-    return {};
-  }
+  return GetProperties(&properties) ? CopiedBytesPerSecond(executor, properties) : 0;
+}
+
+DeviceLimits MeasureDeviceLimits(Executor& executor) {
+  cudaDeviceProp properties;
+  if (!GetProperties(&properties)) return {};
   return {properties.name, CopiedBytesPerSecond(executor, properties),
           MacsPerSecond(executor, properties)};
 }

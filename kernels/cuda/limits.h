@@ -7,9 +7,14 @@
 
 namespace ternion::kernels {
 
+// Bytes per second of copying within the memory of the device that SelectCudaKernels set the
+// executor up for, a byte read and written counted as two. Takes a tenth of a second, and half a
+// gigabyte of that memory. 0 when the device failed, which Kernels::wait then says.
+double DeviceCopyBandwidth(Executor& executor);
+
 struct DeviceLimits {
   std::string name;                    // of the device
-  double copied_bytes_per_second = 0;  // copying within its memory; a byte read and written is two
+  double copied_bytes_per_second = 0;  // DeviceCopyBandwidth
   double macs_per_second = 0;          // of 8-bit integers on its matrix units, from registers
 };
 

@@ -11,6 +11,7 @@ const Kernels* SelectCudaKernels(int, Executor&, std::string* why) {
 }
 
 // Nobody has a device to ask for.
+double DeviceCopyBandwidth(Executor&) { return 0; }
 DeviceLimits MeasureDeviceLimits(Executor&) { return {}; }
 
 std::unique_ptr<Cublas> LoadCublas(const std::string&, const Executor&, std::string*) {
