@@ -1,4 +1,3 @@
-#include <chrono>
 #include <cstdio>
 #include <iostream>
 #include <map>
@@ -11,6 +10,7 @@
 #include "comm/collective.h"
 #include "launcher/commands.h"
 #include "launcher/report.h"
+#include "launcher/step_times.h"
 #include "runtime/tokenizer.h"
 #include "xxhash.h"
 
@@ -22,31 +22,6 @@ using runtime::FinishReason;
 using runtime::SequenceEvent;
 using runtime::SequenceId;
 using runtime::StepReport;
-
-// Where the time of some steps went, on rank 0, in seconds.
-struct StepTimes {
-  double total = 0;
-  double wait = 0;  // for messages, with nothing else to do
-  double wire = 0;  // rows were under way
-  int64_t steps = 0;
-  int64_t steps_in_two = 0;  // of them, in two micro-batches
-
-  StepTimes& operator+=(const StepTimes& other) {
-    total += other.total;
-    wait += other.wait;
-    wire += other.wire;
-    steps += other.steps;
-    steps_in_two += other.steps_in_two;
-    return *this;
-  }
-  // Milliseconds per step.
-  Json ToJson() const {
-    const double scale = steps > 0 ? 1e3 / static_cast<double>(steps) : 0;
-    return {{"steps", steps},           {"steps_in_two", steps_in_two},
-            {"step_ms", total * scale}, {"compute_ms", (total - wait) * scale},
-            {"wire_ms", wire * scale},  {"wait_ms", wait * scale}};
-  }
-};
 
 // Tokens and the time they took, for prefill and for decode.
 struct Throughput {
@@ -157,22 +132,14 @@ void Session::PrintFinished() {
 }
 
 absl::Status Session::RunToEnd() {
-  using Clock = std::chrono::steady_clock;
   if (generations_.size() == 1) {
     std::fputs(generations_[0].prompt.c_str(), stdout);
     std::fflush(stdout);
   }
   while (!loaded_.engine->idle()) {
-    const comm::TrafficMeter& meter = loaded_.engine->traffic();
-    const double wait_before = meter.wait_seconds(), wire_before = meter.wire_seconds();
-    const Clock::time_point start = Clock::now();
-    TERNION_ASSIGN_OR_RETURN(const StepReport step, loaded_.engine->Step());
-    throughput_.Add(step, {.total = std::chrono::duration<double>(Clock::now() - start).count(),
-                           .wait = meter.wait_seconds() - wait_before,
-                           .wire = meter.wire_seconds() - wire_before,
-                           .steps = 1,
-                           .steps_in_two = step.micro_batches == 2});
-    for (const SequenceEvent& event : step.events) Take(event);
+    TERNION_ASSIGN_OR_RETURN(const TimedStep step, StepTimed(*loaded_.engine));
+    throughput_.Add(step.report, step.times);
+    for (const SequenceEvent& event : step.report.events) Take(event);
     PrintFinished();
   }
   return absl::OkStatus();
