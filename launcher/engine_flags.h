@@ -1,4 +1,4 @@
-// The flags that run, eval and bench exchange share, and the engine they describe.
+// The flags that run, eval and the benches share, and the engine they describe.
 #pragma once
 
 #include <cstdint>

@@ -9,6 +9,7 @@
 #include "base/logging.h"
 #include "base/status.h"
 #include "comm/collective.h"
+#include "launcher/bench_decode.h"
 #include "launcher/bench_exchange.h"
 #include "launcher/bench_kernels.h"
 #include "launcher/commands.h"
@@ -162,6 +163,26 @@ void AddBenchExchange(CLI::App& bench, BenchExchangeOptions& options) {
   AddWorldFlags(*command, options.world);
 }
 
+void AddBenchDecode(CLI::App& bench, BenchDecodeOptions& options) {
+  CLI::App* command = bench.add_subcommand(
+      "decode", "Tokens per second of a model (ternion synth makes one) beside what memory allows");
+  AddEngineFlags(*command, options.engine);
+  command
+      ->add_option("--batch", options.batches,
+                   "Sequences that generate together, on all ranks; a line for each")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--prompt-tokens", options.prompt_tokens, "Random tokens before each")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--tokens", options.tokens, "Tokens of each sequence that are timed")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--seed", options.seed, "Seed of the prompts")->capture_default_str();
+  command->add_option("--json", options.json, "Write the figures to this file");
+}
+
 void AddInspect(CLI::App& app, InspectOptions& options) {
   CLI::App* command = app.add_subcommand("inspect", "What a checkpoint holds, tensor by tensor");
   command->add_option("--model", options.model, "Model directory")->required();
@@ -198,6 +219,7 @@ int Main(int argc, char** argv) {
   EvalOptions eval;
   BenchKernelsOptions bench_kernels;
   BenchExchangeOptions bench_exchange;
+  BenchDecodeOptions bench_decode;
   InspectOptions inspect;
   SynthOptions synth;
   AddRun(app, run);
@@ -206,6 +228,7 @@ int Main(int argc, char** argv) {
   bench->require_subcommand(1);
   AddBenchKernels(*bench, bench_kernels);
   AddBenchExchange(*bench, bench_exchange);
+  AddBenchDecode(*bench, bench_decode);
   AddInspect(app, inspect);
   AddSynth(app, synth);
   try {
@@ -225,6 +248,10 @@ int Main(int argc, char** argv) {
   if (bench->got_subcommand("exchange")) {
     return RunInWorld(bench_exchange.world,
                       [&](World& world) { return BenchExchange(bench_exchange, world); });
+  }
+  if (bench->got_subcommand("decode")) {
+    return RunInWorld(bench_decode.engine.world,
+                      [&](World& world) { return BenchDecode(bench_decode, world); });
   }
   if (app.got_subcommand("inspect")) return RunAlone([&] { return Inspect(inspect); });
   return RunAlone([&] { return Synth(synth); });
