@@ -23,6 +23,8 @@ class Memory : public std::pmr::memory_resource {
 
   // How much there is, in use or not; 0 if it does not tell.
   virtual int64_t capacity_bytes() const = 0;
+  // How many such memories this machine has; its ranks take one each, in turn.
+  virtual int num_alike() const { return 1; }
   // Of it, what this object has taken and not given back; 0 if it does not tell.
   virtual int64_t allocated_bytes() const { return 0; }
   // What nobody has taken, other programs included; none if it does not tell.

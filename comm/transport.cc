@@ -78,6 +78,12 @@ absl::StatusOr<std::vector<Message>> Transport::AllToAllV(std::vector<Message> t
   return from_ranks;
 }
 
+int Transport::ranks_of_node() const {
+  int count = 0;
+  for (int other = 0; other < size(); ++other) count += NodeOf(RankId{other}) == NodeOf(rank());
+  return count;
+}
+
 TrafficScope Transport::ScopeOf(RankId peer) const {
   if (peer == rank()) return TrafficScope::kSelf;
   return NodeOf(peer) == NodeOf(rank()) ? TrafficScope::kIntraNode : TrafficScope::kInterNode;

@@ -68,6 +68,8 @@ class Transport {
   virtual int size() const = 0;
   // A number per host: ranks with equal numbers share memory.
   virtual int NodeOf(RankId rank) const = 0;
+  // Ranks of this one's host, itself included.
+  int ranks_of_node() const;
 
   // Starts sending and returns at once; the buffer comes back to the pool when the bytes have left.
   // `to` is never this rank. Messages to one peer in one phase arrive in the order they were sent.

@@ -25,7 +25,7 @@ absl::Status Meet(World& world) { return comm::AgreeOnStatus(world.transport(), 
 base::Buffer WrittenMemory(World& world) {
   const int64_t free_bytes = sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
   const int64_t of_node = std::min(kMostBytes, free_bytes / 4);
-  base::Buffer memory(std::max(of_node / world.ranks_of_node(), kLeastBytes));
+  base::Buffer memory(std::max(of_node / world.transport().ranks_of_node(), kLeastBytes));
   base::ThreadPool& threads = *world.resources().executor->threads;
   threads.ParallelFor(memory.size(), 1, [&](int64_t begin, int64_t end, int) {
     std::memset(memory.data() + begin, 1, end - begin);

@@ -33,9 +33,9 @@ Json MemoryJson(const runtime::Engine& engine, World& world) {
   const int64_t allocated = memory.allocated_bytes();
   // A device says what the driver and others took of it; the host's memory is shared by its ranks.
   const std::optional<int64_t> free = memory.free_bytes();
-  const int64_t total = free
-                            ? memory.capacity_bytes()
-                            : memory.capacity_bytes() / static_cast<int64_t>(world.ranks_of_node());
+  const int64_t total =
+      free ? memory.capacity_bytes()
+           : memory.capacity_bytes() / static_cast<int64_t>(world.transport().ranks_of_node());
   const int64_t left = free ? *free : total - allocated;
   return {{"rank", base::Index(world.transport().rank())},
           {"where", free ? "device" : "host"},

@@ -84,14 +84,6 @@ absl::StatusOr<const kernels::Kernels*> ChooseCpuKernels() {
   return table;
 }
 
-int World::ranks_of_node() const {
-  int count = 0;
-  for (int rank = 0; rank < transport_->size(); ++rank) {
-    count += transport_->NodeOf(base::RankId{rank}) == transport_->NodeOf(transport_->rank());
-  }
-  return count;
-}
-
 absl::StatusOr<std::unique_ptr<World>> World::Create(const WorldOptions& options) {
   TERNION_ASSIGN_OR_RETURN(std::unique_ptr<comm::Transport> transport, MakeHostTransport());
   TERNION_ASSIGN_OR_RETURN(std::unique_ptr<World> world, CreateOn(transport.get(), options));

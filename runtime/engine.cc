@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/buffer.h"
+#include "base/checked.h"
 #include "base/file.h"
 #include "base/status.h"
 #include "comm/collective.h"
@@ -61,14 +62,11 @@ absl::StatusOr<Placement> MakePlacement(const EngineOptions& options, const Mode
   return placement;
 }
 
-// The memory is shared by the ranks of this node.
+// The ranks of this node share its memories.
 int64_t ShareOfMemory(const RankResources& resources) {
-  const comm::Transport& transport = *resources.transport;
-  int64_t ranks_here = 0;
-  for (int rank = 0; rank < transport.size(); ++rank) {
-    ranks_here += transport.NodeOf(base::RankId{rank}) == transport.NodeOf(transport.rank());
-  }
-  return resources.executor->memory->capacity_bytes() / ranks_here;
+  const base::Memory& memory = *resources.executor->memory;
+  return memory.capacity_bytes() /
+         base::CeilDiv(resources.transport->ranks_of_node(), memory.num_alike());
 }
 
 absl::Status CheckKvTokens(int64_t tokens, const KvShape& shape, const RankResources& resources) {

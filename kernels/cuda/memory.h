@@ -17,8 +17,8 @@ namespace ternion::kernels {
 // have 3: smaller pieces are cut from slabs.
 class DeviceMemory : public base::Memory {
  public:
-  DeviceMemory(int device, size_t capacity_bytes)
-      : device_(device), capacity_bytes_(capacity_bytes) {}
+  DeviceMemory(int device, size_t capacity_bytes, int num_devices = 1)
+      : device_(device), capacity_bytes_(capacity_bytes), num_devices_(num_devices) {}
 
   uint8_t* Allocate(size_t bytes) override;
   // Waits for nothing. The thread may call ops on this device from then on.
@@ -27,6 +27,7 @@ class DeviceMemory : public base::Memory {
   void Free(uint8_t* data, size_t bytes) override;
   void Write(const void* from, size_t bytes, void* to) override;
   int64_t capacity_bytes() const override { return static_cast<int64_t>(capacity_bytes_); }
+  int num_alike() const override { return num_devices_; }
   int64_t allocated_bytes() const override { return allocated_bytes_; }  // slabs count whole
   std::optional<int64_t> free_bytes() const override;
 
@@ -44,6 +45,7 @@ class DeviceMemory : public base::Memory {
 
   const int device_;
   const size_t capacity_bytes_;
+  const int num_devices_;
   std::atomic<int64_t> allocated_bytes_ = 0;
   std::mutex mutex_;
   std::vector<Slab> slabs_;                        // as long as this

@@ -101,7 +101,7 @@ const Kernels* SelectCudaKernels(int device, Executor& executor, std::string* wh
   }
   // As long as the process, like the device itself.
   executor.stream = stream;
-  executor.memory = new DeviceMemory(ordinal, properties.totalGlobalMem);
+  executor.memory = new DeviceMemory(ordinal, properties.totalGlobalMem, count);
   executor.staging = new StagingMemory;
   executor.scratch = {executor.memory->Allocate(kScratchBytes), kScratchBytes};
   return &kTable;

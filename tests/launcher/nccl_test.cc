@@ -25,9 +25,9 @@ struct Case {
   friend std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
 };
 
-class NcclTransport : public testing::TestWithParam<Case> {
+class RanksOnDevices : public testing::Test {
  protected:
-  ~NcclTransport() override { emulator::SetDeviceCount(1); }
+  ~RanksOnDevices() override { emulator::SetDeviceCount(1); }
 
   RunOptions Options() const {
     RunOptions options;
@@ -59,6 +59,8 @@ class NcclTransport : public testing::TestWithParam<Case> {
   const TempDir directory_;
 };
 
+class NcclTransport : public RanksOnDevices, public testing::WithParamInterface<Case> {};
+
 TEST_P(NcclTransport, GivesTheBitsOfMpi) {
   const Case& c = GetParam();
   emulator::SetDeviceCount(c.devices);
@@ -76,6 +78,21 @@ TEST_P(NcclTransport, GivesTheBitsOfMpi) {
   EXPECT_EQ(after.groups > before.groups, c.devices > 1);
   EXPECT_EQ(after.destroyed - before.destroyed, c.devices > 1 ? c.ranks : 0);
   EXPECT_EQ(after.aborted, before.aborted);
+}
+
+// A KV cache that nobody gave a size takes a quarter of the rank's share.
+TEST_F(RanksOnDevices, ShareMemoryWhereTheyShareADevice) {
+  RunOptions options = Options();
+  options.engine.world.device = "cuda";
+  const auto kv_tokens = [&](int ranks, int devices) {
+    emulator::SetDeviceCount(devices);
+    HashOf(options, ranks, {});
+    return ReadJson(options.json)["per_rank"][ranks - 1]["kv_tokens"].get<int64_t>();
+  };
+  const int64_t alone = kv_tokens(1, 1);
+  EXPECT_EQ(kv_tokens(2, 2), alone);
+  EXPECT_EQ(kv_tokens(2, 1), alone / 2);
+  EXPECT_EQ(kv_tokens(3, 2), alone / 2);
 }
 
 INSTANTIATE_TEST_SUITE_P(
