@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "base/checked.h"
+#include "kernels/cuda/errors.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/kernels.h"
 
@@ -48,7 +49,7 @@ void Launch(void (*kernel)(Parameters...), dim3 grid, int threads, Executor& exe
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
   config.numAttrs = StartsEarly() ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
+  cuda::Note(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Threads for a block that walks `count` elements: whole warps, at most `most`.

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "base/checked.h"
+#include "kernels/cuda/errors.h"
 #include "kernels/cuda/memory.h"
 
 namespace ternion::kernels {
@@ -39,7 +40,7 @@ uint8_t* DeviceMemory::AllocateUnset(size_t bytes) {
 
 uint8_t* DeviceMemory::Allocate(size_t bytes) {
   uint8_t* const data = AllocateUnset(bytes);
-  cudaMemset(data, 0, bytes);
+  cuda::Note(cudaMemset(data, 0, bytes));
   cudaDeviceSynchronize();  // streams of ours do not wait for it
   return data;
 }
@@ -90,7 +91,7 @@ void DeviceMemory::Free(uint8_t* data, size_t bytes) {
 
 void DeviceMemory::Write(const void* from, size_t bytes, void* to) {
   cudaSetDevice(device_);
-  cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
+  cuda::Note(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
   cudaDeviceSynchronize();  // the copy may return while the last bytes are on their way
 }
 

@@ -1,6 +1,7 @@
 // The CUDA table, and setting up a device for it.
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/errors.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/cuda/variants.h"
 #include "kernels/select.h"
@@ -13,12 +14,13 @@ const char* ErrorOf(cudaError_t error) {
 }
 
 const char* Wait(Executor& executor) {
-  return ErrorOf(cudaStreamSynchronize(static_cast<cudaStream_t>(executor.stream)));
+  cuda::Note(cudaStreamSynchronize(static_cast<cudaStream_t>(executor.stream)));
+  return ErrorOf(cuda::first_error);
 }
 
 void Copy(const CopyArgs& args, Executor& executor) {
-  cudaMemcpyAsync(args.to, args.from, args.bytes, cudaMemcpyDefault,
-                  static_cast<cudaStream_t>(executor.stream));
+  cuda::Note(cudaMemcpyAsync(args.to, args.from, args.bytes, cudaMemcpyDefault,
+                             static_cast<cudaStream_t>(executor.stream)));
 }
 
 Recording Record(const std::function<void()>& calls, Executor& executor) {
@@ -37,8 +39,8 @@ Recording Record(const std::function<void()>& calls, Executor& executor) {
 }
 
 void Replay(const Recording& recording, Executor& executor) {
-  cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording.get()),
-                  static_cast<cudaStream_t>(executor.stream));
+  cuda::Note(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording.get()),
+                             static_cast<cudaStream_t>(executor.stream)));
 }
 
 constexpr Kernels kTable = {
@@ -104,6 +106,11 @@ const Kernels* SelectCudaKernels(int device, Executor& executor, std::string* wh
   executor.memory = new DeviceMemory(ordinal, properties.totalGlobalMem, count);
   executor.staging = new StagingMemory;
   executor.scratch = {executor.memory->Allocate(kScratchBytes), kScratchBytes};
+  cuda::Zero({.out = reinterpret_cast<float*>(executor.scratch.data()), .count = 1}, executor);
+  if (const char* error = Wait(executor)) {
+    return Refuse("device " + std::to_string(ordinal) + " runs no kernel of this build: " + error,
+                  why);
+  }
   return &kTable;
 }
 

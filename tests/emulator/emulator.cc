@@ -98,6 +98,7 @@ struct Device {
   std::deque<std::function<void()>> queue;  // of all streams, in the order of submission
   ternion_emulated_graph* recording = nullptr;
   bool strict = true;
+  bool refuses = false;  // launches
   int count = 1;
   std::deque<ternion_emulated_stream> streams;  // as long as the process
 
@@ -134,6 +135,7 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, std::function<void()> threa
   }
   Device& device = TheDevice();
   const std::lock_guard lock(device.mutex);
+  if (device.refuses) return cudaErrorInvalidValue;
   const bool early = config.numAttrs > 0;
   device.Submit([=, body = std::move(thread)] { RunGrid(grid, threads, early, body); });
   return cudaSuccess;
@@ -159,6 +161,11 @@ void SetStrict(bool strict) {
   device.Drain();
   device.strict = strict;
   device.memory.SetAccess(!strict);
+}
+
+void RefuseLaunches() {
+  const std::lock_guard lock(TheDevice().mutex);
+  TheDevice().refuses = true;
 }
 
 void SetDeviceCount(int count) {

@@ -22,6 +22,9 @@ void SetWarpgroups(bool has);
 // How many devices there seem to be; all have the same memory.
 void SetDeviceCount(int count);
 
+// From now on launches are refused, as by a device that there is no code for.
+void RefuseLaunches();
+
 // For libraries that emulate others (nccl.cc). Copies between memories that devices reach, at once.
 void CopyNow(void* to, const void* from, size_t bytes);
 // Work that is on `stream` from now on and done when `is_done` says so, which may help it along.
