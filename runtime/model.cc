@@ -147,7 +147,9 @@ bool Model::UsesLocalExperts() const {
 void Model::set_routing_sink(BatchRoutingSink sink) {
   routing_sink_ = std::move(sink);
   recordings_.clear();
-  if (moe_ != nullptr && !UsesLocalExperts()) SetPrecisions(options_.wire, options_.kv);
+  if (moe_ != nullptr && (moe_->local != nullptr) != UsesLocalExperts()) {
+    SetPrecisions(options_.wire, options_.kv);
+  }
 }
 
 void Model::SetMaxPositions(int64_t max_positions) {

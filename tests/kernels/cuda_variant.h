@@ -9,4 +9,8 @@ namespace ternion::kernels {
 // there is none. Sets the executor up for it.
 const Kernels* CudaVariant(Executor& executor);
 
+// Whether products are by warpgroups from now on, or by warps, as wanted: a real device has its
+// way.
+bool UseWarpgroups(bool wanted);
+
 }  // namespace ternion::kernels

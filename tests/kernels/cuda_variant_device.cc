@@ -22,7 +22,6 @@ class PinnedBlock {
  public:
   // What went wrong, or null.
   const char* Reserve() {
-    setenv("CUDA_LAUNCH_BLOCKING", "1", 1);  // an op is done when it returns
     void* block = nullptr;
     const cudaError_t error = cudaHostAlloc(&block, kBytes, cudaHostAllocDefault);
     if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -71,6 +70,7 @@ constinit PinnedBlock block;
 
 class NeedsDevice : public testing::Environment {
   void SetUp() override {
+    setenv("CUDA_LAUNCH_BLOCKING", "1", 1);  // an op is done when it returns; CUDA reads it once
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0) {
@@ -107,6 +107,12 @@ const kernels::Kernels* kernels::CudaVariant(Executor& executor) {
   executor = of_device;
   executor.threads = nullptr;  // no op may use them
   return table;
+}
+
+bool kernels::UseWarpgroups(bool wanted) {
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  return (major == 9) == wanted;
 }
 
 }  // namespace ternion

@@ -16,4 +16,9 @@ const Kernels* CudaVariant(Executor& executor) {
   return table;
 }
 
+bool UseWarpgroups(bool wanted) {
+  emulator::SetWarpgroups(wanted);
+  return true;
+}
+
 }  // namespace ternion::kernels

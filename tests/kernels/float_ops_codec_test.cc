@@ -363,7 +363,9 @@ TEST(DecodeRows, MatchesReferenceOnAnyBytes) {
       for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
       const std::vector<float> out =
           OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
-            return Decode(kernels, executor, format, bytes, dim);
+            std::vector<float> decoded = Decode(kernels, executor, format, bytes, dim);
+            for (float& value : decoded) value = std::isnan(value) ? NAN : value;  // of any payload
+            return decoded;
           });
       for (int64_t r = 0; r < rows; ++r) {
         const std::vector<float> expected = DecodeReference(format, &bytes[r * row_bytes], dim);

@@ -1,45 +1,14 @@
 // Tiles of the ternary product, of all widths and on both kinds of tensor cores, against the CPU.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/ternary_schedule.h"
-#include "tests/emulator/emulator.h"
 #include "tests/kernels/float_ops_support.h"
+#include "tests/kernels/ternary_support.h"
 
 namespace ternion::kernels {
 namespace {
 
 constexpr float kGuard = -123.0f;
-
-// The same weights as a CPU takes them and as the device does.
-struct Weights {
-  OwnedTernaryMatrix panels, tiles;
-
-  Weights(int64_t rows, int64_t columns, float scale, TernaryLayout layout, std::mt19937& random)
-      : panels(MakeTernaryMatrix(rows, columns, scale)),
-        tiles(MakeTernaryMatrix(rows, columns, scale, layout)) {
-    std::vector<int8_t> weights(rows * columns);
-    for (int8_t& w : weights) w = static_cast<int8_t>(static_cast<int>(random() % 3) - 1);
-    PackTernary(weights.data(), 0, rows, panels);
-    PackTernary(weights.data(), 0, rows, tiles);
-  }
-};
-
-// All codes there are; behind dim they are 0.
-QuantizedBuffer RandomRows(int64_t num_rows, int64_t dim, std::mt19937& random) {
-  QuantizedBuffer buffer(std::max<int64_t>(num_rows, 1), dim);
-  const QuantizedRows x = buffer.rows(num_rows);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    x.scales[r] = 0.001f * static_cast<float>(1 + random() % 1000);
-    for (int64_t c = 0; c < dim; ++c) {
-      x.codes[r * x.stride + c] = static_cast<int8_t>(random());
-      x.sums[r] += x.codes[r * x.stride + c];
-    }
-  }
-  return buffer;
-}
 
 // Rows of x that go through some weights.
 struct Part {
@@ -57,9 +26,9 @@ class TernaryTiles : public testing::TestWithParam<TileCase> {
  protected:
   void SetUp() override {
     ASSERT_NE(CudaVariant(executor_), nullptr);
-    emulator::SetWarpgroups(GetParam().warpgroups);
+    if (!UseWarpgroups(GetParam().warpgroups)) GTEST_SKIP() << "not with this device";
   }
-  void TearDown() override { emulator::SetWarpgroups(true); }
+  void TearDown() override { UseWarpgroups(true); }
 
   // All by tiles, with guards around what may be written.
   void ExpectSame(const QuantizedRows& x, const std::vector<Part>& parts) {
@@ -185,33 +154,6 @@ TEST_P(TernaryTiles, Experts) {
                      .layout = GetParam().layout},
                     GetParam().tile_rows, executor_);
   ExpectSameBits(y, expected);
-}
-
-// The last row may end where memory does, also within a block of the weights.
-class RowsThatEndMemory : public testing::TestWithParam<int64_t> {};
-INSTANTIATE_TEST_SUITE_P(Rows, RowsThatEndMemory, testing::Values(1, 20, 70));
-
-TEST_P(RowsThatEndMemory, AreAllThatIsRead) {
-  Executor executor;
-  const Kernels* const cuda = CudaVariant(executor);
-  ASSERT_NE(cuda, nullptr);
-  std::mt19937 random(6);
-  const int64_t num_rows = GetParam(), dim = 192, page = sysconf(_SC_PAGESIZE);
-  const Weights weights(20, dim, 1, cuda->smaller_layout, random);
-  QuantizedBuffer buffer = RandomRows(num_rows, dim, random);
-  QuantizedRows x = buffer.rows(num_rows);
-  const int64_t bytes = num_rows * x.stride, pages = base::RoundUp(bytes, page);
-  void* const memory =
-      mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  ASSERT_NE(memory, MAP_FAILED);
-  ASSERT_EQ(mprotect(static_cast<uint8_t*>(memory) + pages, page, PROT_NONE), 0);
-  x.codes = static_cast<int8_t*>(memory) + pages - bytes;
-  std::copy_n(buffer.rows(num_rows).codes, bytes, x.codes);
-  std::vector<float> y(num_rows * 20);
-  const TernaryGroup group[] = {{weights.tiles.view, 0, num_rows, y.data(), 20, nullptr}};
-  cuda->ternary_matmul({x, group}, executor);
-  cuda->wait(executor);
-  munmap(memory, pages + page);
 }
 
 }  // namespace
