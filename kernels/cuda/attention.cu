@@ -253,52 +253,57 @@ __device__ inline float* PartOf(const AttentionArgs& args, const Parts& parts, i
   return parts.data + ((row * args.heads + head) * parts.pages + page) * PartFloats(args.head_dim);
 }
 
-// A block, of a thread per token of a page, per row and KV head; it walks all pages, or with kSplit
-// takes one.
+// Of the query heads of a KV head, groups that pass over a page together.
+__host__ __device__ inline int HeadGroups(const AttentionArgs& args) {
+  return static_cast<int>(base::CeilDiv(args.heads / args.kv_heads, kHeads));
+}
+
+// A block, of a thread per token of a page, per row and group of heads; it walks all pages, or with
+// kSplit takes one.
 template <KvFormat kFormat, int kElements, bool kSplit>
-__global__ void __launch_bounds__(kPageTokens, 4) AttentionKernel(AttentionArgs args, Parts parts) {
+__global__ void __launch_bounds__(kPageTokens, kElements == 1 ? 4 : 3)
+    AttentionKernel(AttentionArgs args, Parts parts) {
   AwaitOpsBefore();
   __shared__ BlockMemory<kElements> memory;
   const int64_t row = blockIdx.x;
-  const int kv_head = blockIdx.y, head_dim = args.head_dim;
+  const int groups = HeadGroups(args), head_dim = args.head_dim;
+  const int kv_head = blockIdx.y / groups, begin = static_cast<int>(blockIdx.y) % groups * kHeads;
   const int pages = args.positions[row] / kPageTokens + 1;
   const int first_page = kSplit ? blockIdx.z : 0, end_page = kSplit ? first_page + 1 : pages;
   if (first_page >= pages) return;
   const int heads_of_kv = args.heads / args.kv_heads;
-  for (int begin = 0; begin < heads_of_kv; begin += kHeads) {
-    const int heads = heads_of_kv - begin < kHeads ? heads_of_kv - begin : kHeads;
-    const int64_t first_head = int64_t{kv_head} * heads_of_kv + begin;
-    LoadQueries(args.q + row * args.q_stride + first_head * head_dim, heads, head_dim, memory);
-    Softmax<kElements> all[kHeads];
-    for (int p = first_page; p < end_page; ++p) {
-      PageTask task = TaskOf<kFormat>(args, row, kv_head, p);
-      task.heads = heads;
-      Softmax<kElements> page[kHeads];
-      AttendPage<kFormat>(task, memory, page);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if constexpr (kSplit) {
-          all[h] = page[h];
-        } else {
-          JoinPage(page[h], all[h]);
-        }
-      }
-    }
+  const int heads = heads_of_kv - begin < kHeads ? heads_of_kv - begin : kHeads;
+  const int64_t first_head = int64_t{kv_head} * heads_of_kv + begin;
+  LoadQueries(args.q + row * args.q_stride + first_head * head_dim, heads, head_dim, memory);
+  Softmax<kElements> all[kHeads];
+  for (int p = first_page; p < end_page; ++p) {
+    PageTask task = TaskOf<kFormat>(args, row, kv_head, p);
+    task.heads = heads;
+    Softmax<kElements> page[kHeads];
+    AttendPage<kFormat>(task, memory, page);
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      if (h >= heads) break;
-      float* part = PartOf(args, parts, row, first_head + h, first_page);
-      if (kSplit && threadIdx.x == 0) part[0] = all[h].largest, part[1] = all[h].sum;
-      float* out = args.out + row * args.out_stride + (first_head + h) * head_dim;
+      if constexpr (kSplit) {
+        all[h] = page[h];
+      } else {
+        JoinPage(page[h], all[h]);
+      }
+    }
+  }
 #pragma unroll
-      for (int n = 0; n < kElements; ++n) {
-        const int d = static_cast<int>(threadIdx.x) + n * kPageTokens;
-        if (d >= head_dim) break;
-        if constexpr (kSplit) {
-          part[2 + d] = all[h].out[n];
-        } else {
-          out[d] = all[h].out[n] / all[h].sum;
-        }
+  for (int h = 0; h < kHeads; ++h) {
+    if (h >= heads) break;
+    float* part = PartOf(args, parts, row, first_head + h, first_page);
+    if (kSplit && threadIdx.x == 0) part[0] = all[h].largest, part[1] = all[h].sum;
+    float* out = args.out + row * args.out_stride + (first_head + h) * head_dim;
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      const int d = static_cast<int>(threadIdx.x) + n * kPageTokens;
+      if (d >= head_dim) break;
+      if constexpr (kSplit) {
+        part[2 + d] = all[h].out[n];
+      } else {
+        out[d] = all[h].out[n] / all[h].sum;
       }
     }
   }
@@ -326,28 +331,37 @@ __global__ void JoinPagesKernel(AttentionArgs args, Parts parts) {
 // With more blocks than this, a device is busy without taking pages apart.
 constexpr int64_t kManyBlocks = 512;
 
-// No data where blocks shall walk the pages of their rows.
-Parts PartsFor(const AttentionArgs& args, const Executor& executor) {
-  const int64_t pages = base::CeilDiv(args.max_tokens, kPageTokens);
-  const int64_t bytes =
-      args.num_rows * args.heads * pages * PartFloats(args.head_dim) * int64_t{sizeof(float)};
-  const bool split = pages > 1 && pages <= 65535 && args.num_rows * args.kv_heads < kManyBlocks &&
-                     bytes <= static_cast<int64_t>(executor.scratch.size());
-  return {split ? reinterpret_cast<float*>(executor.scratch.data()) : nullptr, pages};
+// How many rows' pages can be taken apart at once; 0: blocks shall walk the pages of their rows.
+int64_t RowsToSplit(const AttentionArgs& args, int64_t pages, const Executor& executor) {
+  const int64_t blocks = args.num_rows * args.kv_heads * HeadGroups(args);
+  if (pages <= 1 || pages > 65535 || blocks >= kManyBlocks) return 0;
+  const int64_t row_bytes =
+      args.heads * pages * PartFloats(args.head_dim) * static_cast<int64_t>(sizeof(float));
+  return static_cast<int64_t>(executor.scratch.size()) / row_bytes;
 }
 
 template <KvFormat kFormat, int kElements>
-void AttentionOver(const AttentionArgs& args, Executor& executor) {
-  const dim3 rows_and_heads(Blocks(args.num_rows), Blocks(args.kv_heads));
-  const Parts parts = PartsFor(args, executor);
-  if (parts.data == nullptr) {
-    return Launch(AttentionKernel<kFormat, kElements, false>, rows_and_heads, kPageTokens, executor,
-                  args, parts);
+void AttentionOver(AttentionArgs args, Executor& executor) {
+  const unsigned groups = Blocks(int64_t{args.kv_heads} * HeadGroups(args));
+  const int64_t pages = base::CeilDiv(args.max_tokens, kPageTokens);
+  const int64_t at_once = RowsToSplit(args, pages, executor);
+  if (at_once == 0) {
+    return Launch(AttentionKernel<kFormat, kElements, false>, dim3(Blocks(args.num_rows), groups),
+                  kPageTokens, executor, args, Parts{nullptr, pages});
   }
-  const dim3 grid(rows_and_heads.x, rows_and_heads.y, Blocks(parts.pages));
-  Launch(AttentionKernel<kFormat, kElements, true>, grid, kPageTokens, executor, args, parts);
-  Launch(JoinPagesKernel, dim3(Blocks(args.num_rows), Blocks(args.heads)),
-         ThreadsFor(args.head_dim, kPageTokens), executor, args, parts);
+  const Parts parts = {reinterpret_cast<float*>(executor.scratch.data()), pages};
+  for (int64_t left = args.num_rows; left > 0; left -= at_once) {
+    args.num_rows = left < at_once ? left : at_once;
+    const unsigned rows = Blocks(args.num_rows);
+    Launch(AttentionKernel<kFormat, kElements, true>, dim3(rows, groups, Blocks(pages)),
+           kPageTokens, executor, args, parts);
+    Launch(JoinPagesKernel, dim3(rows, Blocks(args.heads)), ThreadsFor(args.head_dim, kPageTokens),
+           executor, args, parts);
+    args.q += at_once * args.q_stride;
+    args.pages += at_once;
+    args.positions += at_once;
+    args.out += at_once * args.out_stride;
+  }
 }
 
 template <KvFormat kFormat>

@@ -7,68 +7,74 @@ namespace {
 
 // ---- CUDA kernels
 
-// Four threads share an output: thread q adds lanes 4 q .. 4 q + 3. A warp has eight outputs.
-constexpr int kLanesOfThread = 4;
-constexpr int kThreadsOfOutput = kLanes / kLanesOfThread;
-constexpr int kOutputsOfWarp = kWarp / kThreadsOfOutput;
+// kLanes / L threads share an output: thread q adds lanes L q .. L q + L - 1. L is 4, or 1 where
+// outputs are so few that more threads shall have something to do.
+constexpr int kMostLanes = 4;
+template <int L>
+constexpr int kThreadsOfOutput = kLanes / L;
+template <int L>
+constexpr int kOutputsOfWarp = kWarp / kThreadsOfOutput<L>;
+
 constexpr int kDenseRows = 8;  // rows of x that pass over the weights together
 constexpr int kMaxDenseWarps = 4;
 
 __device__ inline float ValueOf(float weight) { return weight; }
 __device__ inline float ValueOf(uint16_t weight) { return FromBf16(weight); }
 
-// Four elements next to each other, in one load.
-template <typename T>
-__device__ inline void LoadLanes(const void* from, float (&lanes)[kLanesOfThread]) {
-  struct alignas(kLanesOfThread * sizeof(T)) Lanes {
-    T lane[kLanesOfThread];
+// L elements next to each other, in one load.
+template <typename T, int L>
+__device__ inline void LoadLanes(const void* from, float (&lanes)[L]) {
+  struct alignas(L * sizeof(T)) Lanes {
+    T lane[L];
   };
   const Lanes loaded = *static_cast<const Lanes*>(from);
 #pragma unroll
-  for (int l = 0; l < kLanesOfThread; ++l) lanes[l] = ValueOf(loaded.lane[l]);
+  for (int l = 0; l < L; ++l) lanes[l] = ValueOf(loaded.lane[l]);
 }
 
-// What the four threads of an output have of R rows from `first` on.
-template <int R>
+// What the threads of an output have of R rows from `first` on.
+template <int R, int L>
 __device__ inline void StoreSums(const DenseMatmulArgs& args, int64_t first, int64_t output,
-                                 float (&sums)[R][kLanesOfThread]) {
+                                 float (&sums)[R][L]) {
+  static_assert(L == 1 || L == 4);
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    // Lanes l and l + 8 are two threads apart, l and l + 4 one; the rest are this thread's.
-    float(&sum)[kLanesOfThread] = sums[r];
+    // Lanes l and l + 8 first, then l + 4, and so on: of other threads down to L, then our own.
+    float(&sum)[L] = sums[r];
 #pragma unroll
-    for (int l = 0; l < kLanesOfThread; ++l) {
-      sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 2);
-      sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], 1);
+    for (int distance = kThreadsOfOutput<L> / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int l = 0; l < L; ++l) sum[l] = sum[l] + __shfl_xor_sync(kFullWarp, sum[l], distance);
     }
-    const float total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-    const bool is_first = threadIdx.x % kThreadsOfOutput == 0;
+    float total = sum[0];
+    if constexpr (L == 4) total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    const bool is_first = threadIdx.x % kThreadsOfOutput<L> == 0;
     if (is_first && output < args.weights.rows && first + r < args.num_rows) {
       args.y[(first + r) * args.y_stride + output] = total;
     }
   }
 }
 
-// Rows of weights in chunks of so many bytes; some of a warp's eight are under way while it works
-// on one.
+// Rows of weights in chunks of so many bytes; some of a warp's outputs' are under way while it
+// works on one.
 constexpr int kChunkBytes = 256;
 
-template <typename W, int kWarps>
+template <typename W, int kWarps, int L>
 struct DenseMemory {
   static constexpr int kStages = 4 * kMaxDenseWarps / kWarps;  // of a warp
-  // What threads of eight outputs load at once is in different banks.
-  static constexpr int kPitch = kChunkBytes + 4 * kLanesOfThread * sizeof(W);
+  // What threads of several outputs load at once is in different banks.
+  static constexpr int kPitch = kChunkBytes + 16 * sizeof(W);
   struct Chunk {
-    alignas(16) uint8_t output[kOutputsOfWarp][kPitch];
+    alignas(16) uint8_t output[kOutputsOfWarp<L>][kPitch];
   };
   Chunk ring[kWarps][kStages];
 };
 
 // Copies the chunks of a warp's outputs from `output` on ahead of time.
-template <typename W, int kWarps>
+template <typename W, int kWarps, int L>
 class ChunkCopier {
  public:
-  using Memory = DenseMemory<W, kWarps>;
+  using Memory = DenseMemory<W, kWarps, L>;
   using Chunk = typename Memory::Chunk;
 
   __device__ ChunkCopier(const DenseMatrix& weights, int64_t output, Memory& memory)
@@ -97,7 +103,7 @@ class ChunkCopier {
     const int lane = threadIdx.x % kWarp;
     const int at = lane % kPieces * static_cast<int>(sizeof(uint4)), from = i * kChunkBytes + at;
 #pragma unroll
-    for (int o = lane / kPieces; o < kOutputsOfWarp; o += kOutputsAtOnce) {
+    for (int o = lane / kPieces; o < kOutputsOfWarp<L>; o += kOutputsAtOnce) {
       if (o < num_outputs_ && from < row_bytes_) {
         StartCopy<sizeof(uint4)>(rows_ + int64_t{o} * row_bytes_ + from,
                                  &ring_[i % Memory::kStages].output[o][at]);
@@ -112,77 +118,129 @@ class ChunkCopier {
   const uint8_t* const rows_;
 };
 
-// R rows of x from `first` on; behind the last, that one again. The copier has begun.
-template <int R, typename W, int kWarps>
-__device__ inline void DotRows(const DenseMatmulArgs& args, int64_t first, int64_t first_output,
-                               const ChunkCopier<W, kWarps>& copier) {
-  constexpr int kSteps = kChunkBytes / sizeof(W) / kLanes;  // of a chunk
-  const int output = threadIdx.x % kWarp / kThreadsOfOutput;
-  const int own_lanes = threadIdx.x % kThreadsOfOutput * kLanesOfThread;
-  const float* x[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = first + r, last = args.num_rows - 1;
-    x[r] = args.x + (row < last ? row : last) * args.x_stride + own_lanes;
-  }
-  float sums[R][kLanesOfThread] = {};
-  const auto add = [&](const uint8_t* weights, int step, int in_chunk) {
-    float w[kLanesOfThread];
-    LoadLanes<W>(weights + (in_chunk * kLanes + own_lanes) * sizeof(W), w);
+// R rows of x times a warp's outputs.
+template <typename W, int R, int L>
+class DenseProduct {
+ public:
+  // Of x from row `first` on; behind the last, that one again.
+  __device__ DenseProduct(const DenseMatmulArgs& args, int64_t first)
+      : num_steps_(static_cast<int>(args.weights.columns) / kLanes) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float v[kLanesOfThread];
-      LoadLanes<float>(x[r] + step * kLanes, v);
-#pragma unroll
-      for (int l = 0; l < kLanesOfThread; ++l) sums[r][l] = sums[r][l] + v[l] * w[l];
+      const int64_t row = first + r, last = args.num_rows - 1;
+      x_[r] = args.x + (row < last ? row : last) * args.x_stride + OwnLanes();
     }
-  };
-  const int num_steps = static_cast<int>(args.weights.columns) / kLanes;
-  int i = 0;
-  for (; (i + 1) * kSteps <= num_steps; ++i) {
-    const uint8_t* const weights = copier.Wait(i).output[output];
+  }
+
+  __device__ static int OwnOutput() { return threadIdx.x % kWarp / kThreadsOfOutput<L>; }
+
+  // The copier has begun.
+  template <typename Copier>
+  __device__ __forceinline__ void Run(const Copier& copier, float (&sums)[R][L]) const {
+    const int num_whole = num_steps_ / kSteps;
+    // One row's elements for a chunk are loaded a chunk ahead; many rows have enough to do.
+    float ahead[R == 1 ? kSteps : 1][L];
+    const auto load_ahead = [&](int chunk) {
+      if constexpr (R == 1) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          LoadLanes<float>(x_[0] + (chunk * kSteps + s) * kLanes, ahead[s]);
+        }
+      }
+    };
+    if (num_whole > 0) load_ahead(0);
+    for (int i = 0; i < num_whole; ++i) {
+      float now[R == 1 ? kSteps : 1][L];
+#pragma unroll
+      for (int s = 0; R == 1 && s < kSteps; ++s) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) now[R == 1 ? s : 0][l] = ahead[R == 1 ? s : 0][l];
+      }
+      if (i + 1 < num_whole) load_ahead(i + 1);
+      const uint8_t* const weights = copier.Wait(i).output[OwnOutput()];
 #pragma unroll(R == 1 ? kSteps : 2)
-    for (int s = 0; s < kSteps; ++s) add(weights, i * kSteps + s, s);
+      for (int s = 0; s < kSteps; ++s) {
+        if constexpr (R == 1) {
+          Add(weights, s, now[s], sums[0]);
+        } else {
+          AddRows(weights, i * kSteps + s, s, sums);
+        }
+      }
+    }
+    if (num_whole * kSteps == num_steps_) return;
+    const uint8_t* const weights = copier.Wait(num_whole).output[OwnOutput()];
+    for (int s = 0; num_whole * kSteps + s < num_steps_; ++s) {
+      AddRows(weights, num_whole * kSteps + s, s, sums);
+    }
   }
-  if (i * kSteps < num_steps) {
-    const uint8_t* const weights = copier.Wait(i).output[output];
-    for (int s = 0; i * kSteps + s < num_steps; ++s) add(weights, i * kSteps + s, s);
+
+ private:
+  static constexpr int kSteps = kChunkBytes / sizeof(W) / kLanes;  // of a chunk
+
+  __device__ static int OwnLanes() { return threadIdx.x % kThreadsOfOutput<L> * L; }
+
+  __device__ static __forceinline__ void LoadWeights(const uint8_t* chunk, int step,
+                                                     float (&w)[L]) {
+    LoadLanes<W>(chunk + (step * kLanes + OwnLanes()) * sizeof(W), w);
   }
-  StoreSums(args, first, first_output + output, sums);
-}
+  __device__ static __forceinline__ void Add(const uint8_t* chunk, int step, const float (&v)[L],
+                                             float (&sum)[L]) {
+    float w[L];
+    LoadWeights(chunk, step, w);
+#pragma unroll
+    for (int l = 0; l < L; ++l) sum[l] = sum[l] + v[l] * w[l];
+  }
+  __device__ __forceinline__ void AddRows(const uint8_t* chunk, int step, int in_chunk,
+                                          float (&sums)[R][L]) const {
+    float w[L];
+    LoadWeights(chunk, in_chunk, w);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float v[L];
+      LoadLanes<float>(x_[r] + step * kLanes, v);
+#pragma unroll
+      for (int l = 0; l < L; ++l) sums[r][l] = sums[r][l] + v[l] * w[l];
+    }
+  }
+
+  const int num_steps_;
+  const float* x_[R];
+};
 
 // Of a multiprocessor, so that registers suffice for R rows; shared memory is enough for five.
 constexpr int DenseBlocks(int R) { return R == kDenseRows ? 3 : 5; }
 
-// A warp per eight outputs and R rows of x: groups of rows come one after the other, so that the
-// weights that they share are read from memory once.
-template <typename W, int kWarps, int R>
+// A warp per kOutputsOfWarp outputs and R rows of x: groups of rows come one after the other, so
+// that the weights that they share are read from memory once.
+template <typename W, int kWarps, int R, int L>
 __global__ void __launch_bounds__(kWarps* kWarp, DenseBlocks(R))
     DenseMatmulKernel(DenseMatmulArgs args, int row_groups) {
-  __shared__ DenseMemory<W, kWarps> memory;
+  __shared__ DenseMemory<W, kWarps, L> memory;
   const int64_t warp = int64_t{blockIdx.x} / row_groups * kWarps + threadIdx.x / kWarp;
-  const int64_t output = warp * kOutputsOfWarp;
-  const ChunkCopier<W, kWarps> copier(args.weights, output, memory);
+  const int64_t output = warp * kOutputsOfWarp<L>;
+  const ChunkCopier<W, kWarps, L> copier(args.weights, output, memory);
   copier.Begin();
   AwaitOpsBefore();
-  DotRows<R>(args, int64_t{blockIdx.x} % row_groups * R, output, copier);
+  using Product = DenseProduct<W, R, L>;
+  const int64_t first = int64_t{blockIdx.x} % row_groups * R;
+  float sums[R][L] = {};
+  Product(args, first).Run(copier, sums);
+  StoreSums(args, first, output + Product::OwnOutput(), sums);
 }
 
-// The same for any shape and alignment: a block, of one warp, per eight outputs and row of x.
+// The same for any shape and alignment: a block, of one warp, per kOutputsOfWarp outputs and row.
 template <typename W>
 __global__ void AnyDenseMatmulKernel(DenseMatmulArgs args) {
   AwaitOpsBefore();
-  const int64_t output = int64_t{blockIdx.x} * kOutputsOfWarp + threadIdx.x / kThreadsOfOutput;
+  constexpr int kThreads = kThreadsOfOutput<1>;
+  const int64_t output = int64_t{blockIdx.x} * kOutputsOfWarp<1> + threadIdx.x / kThreads;
   const int64_t row = blockIdx.y, columns = args.weights.columns;
   const float* const x = args.x + row * args.x_stride;
   const W* const weights = static_cast<const W*>(args.weights.data) + output * columns;
-  float sums[1][kLanesOfThread] = {};
+  float sums[1][1] = {};
   if (output < args.weights.rows) {
-    for (int64_t i = threadIdx.x % kThreadsOfOutput * kLanesOfThread; i < columns; i += kLanes) {
-#pragma unroll
-      for (int l = 0; l < kLanesOfThread; ++l) {
-        if (i + l < columns) sums[0][l] = sums[0][l] + x[i + l] * ValueOf(weights[i + l]);
-      }
+    for (int64_t i = threadIdx.x % kThreads; i < columns; i += kLanes) {
+      sums[0][0] = sums[0][0] + x[i] * ValueOf(weights[i]);
     }
   }
   StoreSums(args, row, output, sums);
@@ -243,28 +301,28 @@ __global__ void GateTopKKernel(GateTopKArgs args) {
 
 // ---- Launching
 
-// With fewer blocks than this, of fewer outputs each, more multiprocessors have something to do.
+// With fewer blocks than this, smaller ones of fewer outputs keep more multiprocessors busy.
 constexpr int64_t kManyDenseBlocks = 256;
 
-template <typename W, int kWarps, int R>
+template <typename W, int kWarps, int R, int L>
 void StreamWeights(const DenseMatmulArgs& args, Executor& executor) {
   const int64_t row_groups = base::CeilDiv(args.num_rows, R);
-  const int64_t blocks = base::CeilDiv(args.weights.rows, kWarps * kOutputsOfWarp) * row_groups;
-  Launch(DenseMatmulKernel<W, kWarps, R>, Blocks(blocks), kWarps * kWarp, executor, args,
+  const int64_t blocks = base::CeilDiv(args.weights.rows, kWarps * kOutputsOfWarp<L>) * row_groups;
+  Launch(DenseMatmulKernel<W, kWarps, R, L>, Blocks(blocks), kWarps * kWarp, executor, args,
          static_cast<int>(row_groups));
 }
 
-template <typename W, int kWarps>
+template <typename W, int kWarps, int L>
 void StreamWeightsOnce(const DenseMatmulArgs& args, Executor& executor) {
-  if (args.num_rows == 1) return StreamWeights<W, kWarps, 1>(args, executor);
-  if (args.num_rows <= 4) return StreamWeights<W, kWarps, 4>(args, executor);
-  StreamWeights<W, kWarps, kDenseRows>(args, executor);
+  if (args.num_rows == 1) return StreamWeights<W, kWarps, 1, L>(args, executor);
+  if (args.num_rows <= 4) return StreamWeights<W, kWarps, 4, L>(args, executor);
+  StreamWeights<W, kWarps, kDenseRows, L>(args, executor);
 }
 
 // Whether rows of both are whole pieces of 16 bytes, and whole steps of all lanes.
 bool IsAligned(const DenseMatmulArgs& args) {
   const auto whole = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  return whole(args.x) && whole(args.weights.data) && args.x_stride % kLanesOfThread == 0 &&
+  return whole(args.x) && whole(args.weights.data) && args.x_stride % kMostLanes == 0 &&
          args.weights.columns % kLanes == 0;
 }
 
@@ -272,14 +330,15 @@ template <typename W>
 void DenseMatmulOf(const DenseMatmulArgs& args, Executor& executor) {
   if (args.num_rows == 0) return;
   if (!IsAligned(args)) {
-    const dim3 grid(Blocks(base::CeilDiv(args.weights.rows, kOutputsOfWarp)),
+    const dim3 grid(Blocks(base::CeilDiv(args.weights.rows, kOutputsOfWarp<1>)),
                     Blocks(args.num_rows));
     return Launch(AnyDenseMatmulKernel<W>, grid, kWarp, executor, args);
   }
-  if (args.weights.rows * args.num_rows < kManyDenseBlocks * kMaxDenseWarps * kOutputsOfWarp) {
-    return StreamWeightsOnce<W, 1>(args, executor);
+  constexpr int64_t kOutputs = kMaxDenseWarps * kOutputsOfWarp<kMostLanes>;
+  if (args.weights.rows * args.num_rows < kManyDenseBlocks * kOutputs) {
+    return StreamWeightsOnce<W, 1, 1>(args, executor);
   }
-  StreamWeightsOnce<W, kMaxDenseWarps>(args, executor);
+  StreamWeightsOnce<W, kMaxDenseWarps, kMostLanes>(args, executor);
 }
 
 }  // namespace

@@ -48,7 +48,9 @@ __global__ void RmsNormKernel(RmsNormArgs args) {
     x = stage;
   }
   const float scale = InverseRms(x, args.dim, args.eps);
-  ForEach(args.dim, [&](int64_t i) { out[i] = x[i] * scale * args.weight[i]; });
+  TakeRow(
+      args.dim, [&](int64_t i) { return x[i] * scale * args.weight[i]; },
+      [&](int64_t i, float value) { out[i] = value; });
 }
 
 // A row as it is or normalized, computed anew by each pass.
@@ -165,14 +167,29 @@ __device__ inline const float* JoinedRow(const QuantizeArgs& args, int64_t row, 
   return staged ? stage : joined;
 }
 
+// The row's norm weights come closer while the op before still runs.
+__device__ inline void PrefetchNorm(const QuantizeArgs& args) {
+  constexpr int kLine = 128 / sizeof(float);
+  if (args.weight == nullptr) return;
+  ForEach(base::CeilDiv(args.out.dim, kLine),
+          [&](int64_t line) { PrefetchLine(args.weight + line * kLine); });
+}
+
 __global__ void QuantizeKernel(QuantizeArgs args) {
   __shared__ float stage[kStagedElements];
+  PrefetchNorm(args);
   AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.out.dim;
   const float* const x = JoinedRow(args, row, stage);
   RowValues values = {x, args.weight, 0};
-  if (args.weight != nullptr) values.inverse_rms = InverseRms(values.x, dim, args.eps);
+  if (args.weight != nullptr) {
+    values.inverse_rms = InverseRms(values.x, dim, args.eps);
+    if (dim <= kStagedElements) {  // once, in place of the row
+      TakeRow(dim, values, [&](int64_t i, float value) { stage[i] = value; });
+      values = {stage, nullptr, 0};
+    }
+  }
   float* normed = args.normed == nullptr ? nullptr : args.normed + row * dim;
   if (args.bits == 4) {
     QuantizeRow4(values, args.out, row, normed);

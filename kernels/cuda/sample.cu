@@ -56,11 +56,22 @@ struct Row {
 
 // Largest logit's key, then the lowest of its ids, which is inverted.
 __device__ inline uint64_t Best(const float* logits, int64_t vocab) {
+  constexpr int kAtOnce = 8;  // loads under way
   uint64_t best = 0;
-  ForEach(vocab, [&](int64_t i) {
-    const uint64_t mine = uint64_t{KeyOf(logits[i])} << 32 | static_cast<uint32_t>(~i);
+  const auto take = [&](int64_t i, float logit) {
+    const uint64_t mine = uint64_t{KeyOf(logit)} << 32 | static_cast<uint32_t>(~i);
     best = mine > best ? mine : best;
-  });
+  };
+  const int64_t stride = int64_t{kAtOnce} * blockDim.x;
+  const int64_t whole = vocab / stride * stride;
+  for (int64_t first = threadIdx.x; first < whole; first += stride) {
+    float some[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) some[j] = logits[first + int64_t{j} * blockDim.x];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) take(first + int64_t{j} * blockDim.x, some[j]);
+  }
+  for (int64_t i = whole + threadIdx.x; i < vocab; i += blockDim.x) take(i, logits[i]);
   return BlockReduce(best, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
 }
 
