@@ -104,9 +104,9 @@ MoeContext::MoeContext(const GateConfig& gate, const comm::ExchangeOptions& opti
       weights(options.max_rows * gate.top_k, *executor->staging) {}
 
 void MoeContext::UseLocalExperts(const comm::ExchangeOptions& options, int64_t intermediate) {
+  shard = ShardWorkspace(0, options.hidden, intermediate, *executor);
   local = std::make_unique<LocalExperts>(options.max_rows, gate.top_k, gate.num_experts,
                                          options.hidden, intermediate, *executor->memory);
-  shard = ShardWorkspace(0, options.hidden, intermediate, *executor);
 }
 
 void MoeContext::UseHierarchy(const NodeLayout& layout, const comm::ExchangeOptions& options,

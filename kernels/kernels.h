@@ -7,10 +7,10 @@
 // Results. Integer products are exact and equal on all variants. Float ops sum in one fixed order
 // (16 lanes over the reduced dimension, lane l taking elements 16i + l in ascending i with a
 // product and a sum that are rounded separately; then lanes are added pairwise: l and l+8, l+4,
-// l+2, l+1; what rms_norm and quantize sum up over a row, in 64 lanes likewise: a row is a long way
-// for one of 16), use no library math functions, and treat each row alone: a row's result depends
-// neither on the CPU variant, nor on the number of threads, nor on the rows beside it. N ranks
-// equal one rank bit for bit because of this.
+// l+2, l+1; what norms and quantize sum up over a row, in 64 lanes likewise, from l and l+32 on: a
+// row is a long way for one lane of 16), use no library math functions, and treat each row alone: a
+// row's result depends neither on the CPU variant, nor on the number of threads, nor on the rows
+// beside it. N ranks equal one rank bit for bit because of this.
 #pragma once
 
 #include <cstdint>

@@ -397,9 +397,10 @@ absl::Status BenchDecode(const BenchDecodeOptions& options, World& world) {
   if (world.is_root()) usable.Update(CheckWritable(options.json));
   TERNION_RETURN_IF_ERROR(comm::AgreeOnStatus(world.transport(), usable));
   WeightReads reads(world.kernels(), *world.resources().executor);
-  world.UseKernels(reads.kernels());
   MemorySpeed speed(world);
-  TERNION_ASSIGN_OR_RETURN(LoadedEngine loaded, LoadEngine(options.engine, world));
+  TERNION_ASSIGN_OR_RETURN(
+      LoadedEngine loaded,
+      LoadEngine(options.engine, world, /*hash_logits=*/false, &reads.kernels()));
   DecodeBench bench(options, world, loaded, reads, speed);
   TERNION_RETURN_IF_ERROR(bench.Check());
   return bench.Run();

@@ -105,7 +105,8 @@ absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags) {
   return wire;
 }
 
-absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world, bool hash_logits) {
+absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world, bool hash_logits,
+                                        const kernels::Kernels* kernels) {
   const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<runtime::WireOptions> wire = ResolveWire(flags);
   absl::Status usable = CheckPlacement(flags);
@@ -123,10 +124,12 @@ absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world, 
   options.hash_logits = hash_logits;
   ProgressBar bar("loading " + flags.model, world.is_root());
   LoadedEngine loaded;
-  TERNION_ASSIGN_OR_RETURN(loaded.engine, runtime::Engine::Create(options, world.resources(),
-                                                                  [&](int64_t done, int64_t total) {
-                                                                    bar.Update(done, total);
-                                                                  }));
+  runtime::RankResources resources = world.resources();
+  if (kernels != nullptr) resources.kernels = kernels;
+  TERNION_ASSIGN_OR_RETURN(
+      loaded.engine, runtime::Engine::Create(options, resources, [&](int64_t done, int64_t total) {
+        bar.Update(done, total);
+      }));
   loaded.load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return loaded;

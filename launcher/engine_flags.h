@@ -38,9 +38,11 @@ struct LoadedEngine {
   double load_seconds = 0;
 };
 
-// Collective. Shows a progress bar on rank 0.
+// Collective. Shows a progress bar on rank 0. `kernels`: in place of the world's, with the same
+// layouts; outlives the engine.
 absl::StatusOr<LoadedEngine> LoadEngine(const EngineFlags& flags, World& world,
-                                        bool hash_logits = false);
+                                        bool hash_logits = false,
+                                        const kernels::Kernels* kernels = nullptr);
 
 // The wire as flags say: dispatch "auto" is left to the model. InvalidArgument for contradictions.
 absl::StatusOr<runtime::WireOptions> ResolveWire(const EngineFlags& flags);

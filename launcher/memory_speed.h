@@ -16,7 +16,7 @@ class MemorySpeed {
 
   // Bytes per second, the most of some attempts (a device's: as before). Takes a fraction of a
   // second; the first time also 1 GiB of the host's memory, shared by the node's ranks, which then
-  // is kept. An error is one of the transport.
+  // is kept. An error is the transport's, or the device's.
   absl::StatusOr<double> Measure();
 
  private:

@@ -42,9 +42,6 @@ class World {
   bool is_root() const { return transport_->rank() == base::RankId{0}; }
   int num_threads() const { return threads_->num_threads(); }
   const char* isa() const { return kernels_->name; }
-  // In place of the kernels chosen, for what sets out from now on; outlives the world. With the
-  // same layouts: a table that watches what those are asked for.
-  void UseKernels(const kernels::Kernels& kernels) { kernels_ = &kernels; }
   const kernels::Kernels& kernels() const { return *kernels_; }
   runtime::RankResources resources() { return {transport_, kernels_, &executor_}; }
 

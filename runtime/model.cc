@@ -147,9 +147,8 @@ bool Model::UsesLocalExperts() const {
 void Model::set_routing_sink(BatchRoutingSink sink) {
   routing_sink_ = std::move(sink);
   recordings_.clear();
-  if (moe_ != nullptr && (moe_->local != nullptr) != UsesLocalExperts()) {
-    SetPrecisions(options_.wire, options_.kv);
-  }
+  const bool has_local_experts = moe_ != nullptr && moe_->local != nullptr;
+  if (has_local_experts && !UsesLocalExperts()) SetPrecisions(options_.wire, options_.kv);
 }
 
 void Model::SetMaxPositions(int64_t max_positions) {
@@ -173,7 +172,7 @@ bool Model::IsRecordable(const Batch& batch) const {
   constexpr int64_t kMostRows = 64;
   return resources_.kernels->record != nullptr && batch.num_rows() > 0 &&
          batch.num_rows() <= kMostRows && batch.micro_batches == 1 &&
-         (!config_.moe() || UsesLocalExperts());
+         (!config_.moe() || moe_->local != nullptr);
 }
 
 // A step of a kind that was there before is recorded, and from then on replayed.

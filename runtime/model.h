@@ -126,6 +126,7 @@ class Model {
   // They passed CheckPrecisions.
   void SetPrecisions(const WireOptions& wire, kernels::KvFormat kv);
 
+  // Setting one may allocate; taking it back (null) does not, and a device goes on as with a sink.
   void set_routing_sink(BatchRoutingSink sink);
   const experts::Placement& placement() const { return *placement_; }
 

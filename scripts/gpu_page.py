@@ -91,8 +91,9 @@ def decode_line(batch: dict) -> list:
 def decode_tables(name: str, report: dict) -> str:
     header = ["sequences", "tok/s", "ms per step", "p90", "read in a step", "experts of a layer"]
     header += ["bound, tok/s", "of bound"]
+    batches = ",".join(str(batch["batch"]) for batch in report["batches"])
     return (
-        f"### {name}\n\n`bench decode --device cuda --batch 1,8,32,128`, random weights. Prompts of "
+        f"### {name}\n\n`bench decode --device cuda --batch {batches}`. Prompts of "
         f"{report['prompt_tokens']} tokens, then {report['tokens']} steps; KV {report['kv']}; loaded "
         f"in {report['load_seconds']:.1f} s. The bound is what a step reads at the speed of copies.\n\n"
         + markdown(header, [decode_line(batch) for batch in report["batches"]])
@@ -127,7 +128,7 @@ def main() -> None:
         text = tables(directory)
         for path in directory.glob("*.json"):
             shutil.copy(path, RESULTS / f"gpu-{path.name}")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         fail(f"{directory}: {error!r}")
     before, rest = page.split(BEGIN)
     PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1])

@@ -22,6 +22,16 @@ constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kFullWarp = ~0u;
 
+// Of blocks that a multiprocessor shall have room for: before sm_80 it has fewer threads and less
+// shared memory.
+constexpr int BlocksOfMultiprocessor(int most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return most > 2 ? 2 : 1;
+#else
+  return most;
+#endif
+}
+
 // Whether blocks may start before the op before theirs is done: from sm_90 on, where kernels'
 // AwaitOpsBefore waits. A process uses one device, or several alike.
 inline bool StartsEarly() {
@@ -93,7 +103,7 @@ __device__ inline float LaneSum(int64_t n, F value) {
   if (threadIdx.x < kWarp) {
     static_assert(kNumLanes <= 2 * kWarp);
     float sum = lanes[threadIdx.x % kNumLanes];
-    if (kNumLanes > kWarp) sum = sum + lanes[threadIdx.x + kWarp];
+    if constexpr (kNumLanes > kWarp) sum = sum + lanes[threadIdx.x + kWarp];
     for (int distance = (kNumLanes < kWarp ? kNumLanes : kWarp) / 2; distance > 0; distance /= 2) {
       sum = sum + __shfl_xor_sync(kFullWarp, sum, distance);
     }

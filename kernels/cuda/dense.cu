@@ -256,8 +256,8 @@ __device__ inline bool IsBefore(const GateKey& a, const GateKey& b) {
   return a.probability != b.probability ? a.probability > b.probability : a.index > b.index;
 }
 
-constexpr int kStagedExperts =
-    2048;  // whose probabilities are at hand; of more, they are made anew
+// Experts whose probabilities are at hand; those of more are made anew.
+constexpr int kStagedExperts = 2048;
 
 // A block (one warp) per row. The j-th choice is the first behind the one before it.
 __global__ void GateTopKKernel(GateTopKArgs args) {
@@ -312,11 +312,20 @@ void StreamWeights(const DenseMatmulArgs& args, Executor& executor) {
          static_cast<int>(row_groups));
 }
 
+constexpr int RowsTogether(int64_t num_rows) {
+  return num_rows == 1 ? 1 : num_rows <= 4 ? 4 : kDenseRows;
+}
+
 template <typename W, int kWarps, int L>
 void StreamWeightsOnce(const DenseMatmulArgs& args, Executor& executor) {
-  if (args.num_rows == 1) return StreamWeights<W, kWarps, 1, L>(args, executor);
-  if (args.num_rows <= 4) return StreamWeights<W, kWarps, 4, L>(args, executor);
-  StreamWeights<W, kWarps, kDenseRows, L>(args, executor);
+  switch (RowsTogether(args.num_rows)) {
+    case 1:
+      return StreamWeights<W, kWarps, 1, L>(args, executor);
+    case 4:
+      return StreamWeights<W, kWarps, 4, L>(args, executor);
+    default:
+      return StreamWeights<W, kWarps, kDenseRows, L>(args, executor);
+  }
 }
 
 // Whether rows of both are whole pieces of 16 bytes, and whole steps of all lanes.
@@ -335,9 +344,9 @@ void DenseMatmulOf(const DenseMatmulArgs& args, Executor& executor) {
     return Launch(AnyDenseMatmulKernel<W>, grid, kWarp, executor, args);
   }
   constexpr int64_t kOutputs = kMaxDenseWarps * kOutputsOfWarp<kMostLanes>;
-  if (args.weights.rows * args.num_rows < kManyDenseBlocks * kOutputs) {
-    return StreamWeightsOnce<W, 1, 1>(args, executor);
-  }
+  const int64_t blocks = base::CeilDiv(args.weights.rows, kOutputs) *
+                         base::CeilDiv(args.num_rows, RowsTogether(args.num_rows));
+  if (blocks < kManyDenseBlocks) return StreamWeightsOnce<W, 1, 1>(args, executor);
   StreamWeightsOnce<W, kMaxDenseWarps, kMostLanes>(args, executor);
 }
 

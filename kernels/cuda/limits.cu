@@ -74,10 +74,10 @@ double FastestSeconds(cudaStream_t stream, F enqueue) {
   using Clock = std::chrono::steady_clock;
   double fastest = 1e9;
   for (int run = 0; run < 10; ++run) {
-    cudaStreamSynchronize(stream);
+    cuda::Note(cudaStreamSynchronize(stream));
     const Clock::time_point start = Clock::now();
     enqueue();
-    cudaStreamSynchronize(stream);
+    cuda::Note(cudaStreamSynchronize(stream));
     fastest = std::min(fastest, std::chrono::duration<double>(Clock::now() - start).count());
   }
   return fastest;
@@ -98,7 +98,7 @@ double CopiedBytesPerSecond(Executor& executor, const cudaDeviceProp& properties
   constexpr int kCopies = 32;
   const double seconds = FastestSeconds(stream, [&] {
     for (int i = 0; i < kCopies; ++i) {
-      cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDefault, stream);
+      cuda::Note(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDefault, stream));
     }
   });
   return 2.0 * kCopies * static_cast<double>(bytes) / seconds;

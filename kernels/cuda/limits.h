@@ -9,7 +9,7 @@ namespace ternion::kernels {
 
 // Bytes per second of copying within the memory of the device that SelectCudaKernels set the
 // executor up for, a byte read and written counted as two. Takes a tenth of a second, and half a
-// gigabyte of that memory. 0 when the device failed, which Kernels::wait then says.
+// gigabyte of that memory. Means nothing when Kernels::wait says that the device failed.
 double DeviceCopyBandwidth(Executor& executor);
 
 struct DeviceLimits {
@@ -19,7 +19,7 @@ struct DeviceLimits {
 };
 
 // Of the device that SelectCudaKernels set the executor up for; takes a fraction of a second, and
-// half a gigabyte of its memory. Zeros when the device failed, which Kernels::wait then says.
+// half a gigabyte of its memory. Means nothing when Kernels::wait says that the device failed.
 DeviceLimits MeasureDeviceLimits(Executor& executor);
 
 }  // namespace ternion::kernels

@@ -187,11 +187,11 @@ __device__ inline void PanelTimesGroup(const QuantizedRows& x, const RowMap& row
 }
 
 // With one product at a time there are registers for more blocks.
-constexpr int BlocksOfMultiprocessor(int products) { return products == 1 ? 5 : 2; }
+constexpr int PanelBlocks(int products) { return BlocksOfMultiprocessor(products == 1 ? 5 : 2); }
 
 // A block per panel of each group.
 template <typename Weights, int kProducts>
-__global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProducts))
+__global__ void __launch_bounds__(kMatmulThreads, PanelBlocks(kProducts))
     TernaryMatmulKernel(QuantizedRows x, TernaryGroups groups) {
   __shared__ PanelMemory<Weights, kProducts> memory;
   const TernaryGroups::Panel at = groups.PanelAt(static_cast<int>(blockIdx.x));
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProduc
 
 // A block per panel, expert that has rows, and matrix.
 template <typename Weights, int kProducts>
-__global__ void __launch_bounds__(kMatmulThreads, BlocksOfMultiprocessor(kProducts))
+__global__ void __launch_bounds__(kMatmulThreads, PanelBlocks(kProducts))
     ExpertMatmulKernel(ExpertMatmulArgs args) {
   __shared__ PanelMemory<Weights, kProducts> memory;
   AwaitOpsBefore();

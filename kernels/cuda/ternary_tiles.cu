@@ -9,13 +9,8 @@ namespace {
 
 // ---- CUDA kernels
 
-constexpr int kTileThreads = kTilePanels * kWarp;  // a warp per panel, a warpgroup per four
-// One stores outputs while one multiplies, where there is shared memory for two.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kBlocksPerMultiprocessor = 1;
-#else
-constexpr int kBlocksPerMultiprocessor = 2;
-#endif
+constexpr int kTileThreads = kTilePanels * kWarp;       // a warp per panel, a warpgroup per four
+constexpr int kTileBlocks = BlocksOfMultiprocessor(2);  // one stores while one multiplies
 constexpr int kChunks = 4;  // of 16 columns, in a step; two of them are a product
 
 // One step's operands, with N rows of x. These lie as tensor cores take a B operand: eight rows of
@@ -251,7 +246,7 @@ __device__ inline void PanelsTimesRows(const QuantizedRows& x, const RowMap& row
 
 // A block per tile and group.
 template <typename Weights>
-__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     TernaryTilesKernel(QuantizedRows x, TernaryGroups groups, int tile_rows) {
   AwaitOpsBefore();
   const TernaryGroup& group = groups.group[blockIdx.z];
@@ -263,7 +258,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
 
 // A block per panels, slot and matrix.
 template <typename Weights>
-__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     ExpertTilesKernel(ExpertMatmulArgs args, int tile_rows) {
   AwaitOpsBefore();
   const RowTile tile =

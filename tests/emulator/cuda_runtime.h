@@ -85,6 +85,7 @@ T __shfl_up_sync(unsigned, T value, int delta) {
   const int from = ternion::emulator::LaneOfThread() - delta;
   return ternion::emulator::ShuffleFrom(value, from >= 0 ? from : from + delta);
 }
+
 inline size_t __cvta_generic_to_shared(const void* data) {
   return ternion::emulator::AddressOfShared(data);
 }

@@ -336,7 +336,10 @@ TEST(Attention, ChunksAndBatchesDoNotMatter) {
       Sequence sequence = MakeSequence(shape, num_tokens, 5, format);
       const std::vector<float> whole =
           OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
-            return Attend(kernels, executor, sequence, 0, num_tokens);
+            Executor small = executor;  // a device's scratch takes the two pages of some rows
+            const size_t row_bytes = 2 * shape.heads * (2 + shape.head_dim) * sizeof(float);
+            small.scratch = small.scratch.first(std::min(small.scratch.size(), 9 * row_bytes + 1));
+            return Attend(kernels, small, sequence, 0, num_tokens);
           });
       for (const int chunk : {1, 7, 64, 130}) {
         std::vector<float> pieces;

@@ -33,7 +33,7 @@ TEST_P(RowsThatEndMemory, AreAllThatIsRead) {
   std::vector<float> y(num_rows * 20);
   const TernaryGroup group[] = {{weights.tiles.view, 0, num_rows, y.data(), 20, nullptr}};
   cuda->ternary_matmul({x, group}, executor);
-  cuda->wait(executor);
+  EXPECT_EQ(cuda->wait(executor), nullptr);
   munmap(memory, pages + page);
 }
 
