@@ -329,6 +329,13 @@ TEST(Attention, OneTokenIsItsValue) {
   }
 }
 
+// On a device, whose scratch then takes some rows with so many pages at once, not all of them.
+Executor WithScratchFor(int rows, const AttentionShape& shape, int pages, Executor executor) {
+  const size_t bytes = rows * pages * shape.heads * (2 + shape.head_dim) * sizeof(float);
+  executor.scratch = executor.scratch.first(std::min(executor.scratch.size(), bytes + 1));
+  return executor;
+}
+
 TEST(Attention, ChunksAndBatchesDoNotMatter) {
   const int num_tokens = 170;
   for (const AttentionShape& shape : {AttentionShape{4, 2, 36}, {7, 1, 16}}) {
@@ -336,9 +343,7 @@ TEST(Attention, ChunksAndBatchesDoNotMatter) {
       Sequence sequence = MakeSequence(shape, num_tokens, 5, format);
       const std::vector<float> whole =
           OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
-            Executor small = executor;  // a device's scratch takes the two pages of some rows
-            const size_t row_bytes = 2 * shape.heads * (2 + shape.head_dim) * sizeof(float);
-            small.scratch = small.scratch.first(std::min(small.scratch.size(), 9 * row_bytes + 1));
+            Executor small = WithScratchFor(9, shape, 2, executor);
             return Attend(kernels, small, sequence, 0, num_tokens);
           });
       for (const int chunk : {1, 7, 64, 130}) {
@@ -369,6 +374,7 @@ TEST(Attention, RowsOfDifferentSequencesStandAlone) {
   std::copy_n(&b.q[3 * columns], columns, &q[2 * stride]);
   const std::vector<float> out = OnEveryVariant([&](const Kernels& kernels, Executor& executor) {
     std::vector<float> result(3 * stride, -7.0f);
+    Executor small = WithScratchFor(1, shape, 4, executor);
     kernels.attention({.q = q.data(),
                        .pages = tables.data(),
                        .positions = positions.data(),
@@ -381,7 +387,7 @@ TEST(Attention, RowsOfDifferentSequencesStandAlone) {
                        .kv_heads = shape.kv_heads,
                        .head_dim = shape.head_dim,
                        .scale = Scale(shape)},
-                      executor);
+                      small);
     return result;
   });
   Executor executor = {&Threads(1)};
