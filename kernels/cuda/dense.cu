@@ -208,7 +208,7 @@ class DenseProduct {
 };
 
 // Of a multiprocessor, so that registers suffice for R rows; shared memory is enough for five.
-constexpr int DenseBlocks(int R) { return R == kDenseRows ? 3 : 5; }
+constexpr int DenseBlocks(int R) { return R == 1 ? 5 : R == 4 ? 4 : 3; }
 
 // A warp per kOutputsOfWarp outputs and R rows of x: groups of rows come one after the other, so
 // that the weights that they share are read from memory once.
