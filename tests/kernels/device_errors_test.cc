@@ -9,7 +9,7 @@ namespace ternion::kernels {
 namespace {
 
 TEST(DeviceErrors, ARefusedLaunchIsToldByWaitFromThenOn) {
-  Executor executor;
+  static Executor executor, refused;  // their memories are as long as the process
   std::string why;
   const Kernels* const cuda = SelectCudaKernels(0, executor, &why);
   ASSERT_NE(cuda, nullptr) << why;
@@ -22,7 +22,7 @@ TEST(DeviceErrors, ARefusedLaunchIsToldByWaitFromThenOn) {
   zero();
   EXPECT_STREQ(cuda->wait(executor), "invalid argument");
   EXPECT_STREQ(cuda->wait(executor), "invalid argument");
-  EXPECT_EQ(SelectCudaKernels(0, executor, &why), nullptr);
+  EXPECT_EQ(SelectCudaKernels(0, refused, &why), nullptr);
   EXPECT_EQ(why, "device 0 runs no kernel of this build: invalid argument");
 }
 
