@@ -144,11 +144,11 @@ __device__ inline float Joined(Join join, float x, float y) {
   return join == Join::kAdd ? x + y : join == Join::kSiluTimes ? Silu(x) * y : Relu2Times(x, y);
 }
 
-// The block's row, joined, where all threads may read it.
-__device__ inline const float* JoinedRow(const QuantizeArgs& args, int64_t row, float* stage) {
+// The block's row, joined if it shall be, where all threads may read it.
+__device__ inline const float* StagedRow(const QuantizeArgs& args, int64_t row, float* stage) {
   const int64_t dim = args.out.dim, at = row * args.x_stride;
-  const float *const x = args.x + at, *const y = args.y + at;
   const bool joins = args.join != Join::kNothing, staged = dim <= kStagedElements;
+  const float *const x = args.x + at, *const y = joins ? args.y + at : nullptr;
   float* const joined = joins ? args.joined + at : nullptr;
   if (!joins && !staged) return x;
   struct Pair {
@@ -181,7 +181,7 @@ __global__ void QuantizeKernel(QuantizeArgs args) {
   AwaitOpsBefore();
   const int64_t row = blockIdx.x;
   const int64_t dim = args.out.dim;
-  const float* const x = JoinedRow(args, row, stage);
+  const float* const x = StagedRow(args, row, stage);
   RowValues values = {x, args.weight, 0};
   if (args.weight != nullptr) {
     values.inverse_rms = InverseRms(values.x, dim, args.eps);
